@@ -1,0 +1,166 @@
+"""Every option and its default, in one place: the Python API, the command line and the server read them from here.
+
+`LoadConfig` is fixed when a model is loaded, `GenerationConfig` belongs to one request. Unknown names raise and
+suggest the nearest; a value that cannot be honoured raises; nothing is adjusted silently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from edge_runtime.errors import ConfigError
+
+PRECISIONS = ("auto", "f32", "bf16", "f16")
+KV_PRECISIONS = ("auto", "f32", "bf16", "f16", "u8", "u4")
+
+
+class _Options:
+    """Construct a dataclass from a caller's keywords, naming what is wrong with them."""
+
+    @classmethod
+    def from_options(cls, **options: Any) -> Self:
+        """Build the config from keyword options.
+
+        Raises:
+            ConfigError: An option is unknown (the nearest name is suggested) or has a bad value.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else f"known options: {', '.join(known)}"
+                raise ConfigError(f"unknown option `{name}`", hint)
+        return cls(**options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig(_Options):
+    """How models are compiled.
+
+    Attributes:
+        device: OpenVINO device of the target: `CPU`, `GPU`, `GPU.1`, `NPU`.
+        draft_device: Device of the draft; None for the target's.
+        precision: Arithmetic. `auto` is the device's own choice (bf16 or f16 where the hardware has it, so answers may
+            differ from f32 at near-ties); `f32` makes greedy speculative output equal plain output token for token.
+        kv_precision: Storage of keys and values. `auto` is f32 with `precision="f32"`, else u8.
+        num_threads: CPU threads; 0 for the device's choice (one for models too small to share).
+        prefill_chunk_size: Prompt tokens per forward: bounds memory and how long a cancel can take.
+        cache_dir: Where compiled models are kept between runs; None for nowhere.
+    """
+
+    device: str = "CPU"
+    draft_device: str | None = None
+    precision: str = "auto"
+    kv_precision: str = "auto"
+    num_threads: int = 0
+    prefill_chunk_size: int = 512
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _choice("precision", self.precision, PRECISIONS)
+        _choice("kv_precision", self.kv_precision, KV_PRECISIONS)
+        _at_least("num_threads", self.num_threads, 0)
+        _at_least("prefill_chunk_size", self.prefill_chunk_size, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig(_Options):
+    """What one request asks for.
+
+    Attributes:
+        max_new_tokens: Upper bound of emitted tokens; the context's remaining room bounds it too.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: Keep the k most likely tokens; 0 keeps all.
+        top_p: Keep the smallest set of most likely tokens whose probability reaches top_p; 1 keeps all.
+        min_p: Keep tokens at least min_p times as likely as the most likely one; 0 keeps all.
+        repetition_penalty: > 1 divides positive and multiplies negative logits of every token seen (CTRL, Keskar 2019).
+        presence_penalty: Subtracted from the logit of every token already generated.
+        frequency_penalty: Subtracted once for each time that the token was generated.
+        logit_bias: Token id to a number added to its logit; -inf forbids it.
+        seed: Of the random generator; None draws one.
+        stop: Strings that end the text; they are not part of it.
+        stop_token_ids: Ids that end the answer beside the model's own.
+        ignore_eos: Go on past the model's own end-of-text tokens (for measurements).
+        logprobs: Report this many most likely tokens with each emitted one, as log-probabilities of the model's own
+            distribution (before penalties and temperature); None reports nothing.
+        num_draft_tokens: K, tokens drafted for each target forward (γ in Leviathan et al. 2023,
+            `num_assistant_tokens` elsewhere). `auto` chooses it at each step by measured cost, down to 0.
+        max_draft_tokens: Upper bound of `auto`.
+        lookup: Also draft by prompt lookup: copy what followed the last earlier occurrence of the current ending.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    num_draft_tokens: int | Literal["auto"] = "auto"
+    max_draft_tokens: int = 8
+    lookup: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _at_least("max_new_tokens", self.max_new_tokens, 1)
+        _at_least("temperature", self.temperature, 0)
+        _at_least("top_k", self.top_k, 0)
+        _within("top_p", self.top_p, 0, 1, low_open=True)
+        _within("min_p", self.min_p, 0, 1)
+        _within("repetition_penalty", self.repetition_penalty, 0, float("inf"), low_open=True)
+        _finite("presence_penalty", self.presence_penalty)
+        _finite("frequency_penalty", self.frequency_penalty)
+        if self.logprobs is not None:
+            _within("logprobs", self.logprobs, 0, 100)
+        if self.num_draft_tokens != "auto":
+            if isinstance(self.num_draft_tokens, str):
+                raise ConfigError(f"num_draft_tokens is {self.num_draft_tokens!r}, expected `auto` or a number")
+            _within("num_draft_tokens", self.num_draft_tokens, 0, 64)
+        _within("max_draft_tokens", self.max_draft_tokens, 1, 64)
+        if any(not text for text in self.stop):
+            raise ConfigError("stop holds an empty string, which would end every answer at once", "leave it out")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise ConfigError(f"{name} is {value!r}, expected a number")
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    _within(name, value, low, float("inf"))
+
+
+def _finite(name: str, value: float) -> None:
+    _number(name, value)
+    if value in (float("inf"), float("-inf")):
+        raise ConfigError(f"{name} is {value}, expected a finite number")
+
+
+def _within(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
+    _number(name, value)
+    if value < low or value > high or (low_open and value == low):
+        bounds = f"above {low:g}" if low_open else f"at least {low:g}"
+        raise ConfigError(f"{name} is {value}, expected {bounds}" + (f" and at most {high:g}" if high < 1e30 else ""))
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(choices)}")

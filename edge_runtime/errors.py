@@ -1,0 +1,71 @@
+"""Every error that edge-run raises on purpose, in one tree.
+
+    EdgeError
+    ├── ConfigError (ValueError)   an option or argument with a value that cannot be used
+    ├── ModelFormatError           a model folder or file that is missing, damaged or not understood
+    ├── ModelPairError             a target and a draft that do not belong together
+    ├── ContextOverflowError       more tokens than the model's context holds
+    ├── DeviceError                a device that is absent or refuses the model
+    ├── ExtensionError             the compiled ov_kernels library is absent or does not fit
+    ├── MissingExtraError          a feature whose optional dependencies are not installed
+    ├── DownloadError              the model hub could not be reached or has no such model
+    └── ExportError                a source model that cannot be converted
+
+A message says what was wrong with the value got and what was expected; `hint` says what to do.
+The command line prints both on two lines and exits with `exit_code`: 2 for a wrong call, 1 for everything else.
+"""
+
+from __future__ import annotations
+
+
+class EdgeError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        message: One line: what was wrong with the value got, and what was expected.
+        hint: One line: what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(EdgeError, ValueError):
+    """An option or argument has a value that cannot be used."""
+
+    exit_code = 2
+
+
+class ModelFormatError(EdgeError):
+    """A model folder or file is missing, damaged or not understood."""
+
+
+class ModelPairError(EdgeError):
+    """Target and draft do not share one vocabulary."""
+
+
+class ContextOverflowError(EdgeError):
+    """The prompt leaves no room for a new token in the model's context."""
+
+
+class DeviceError(EdgeError):
+    """The device is absent, or refuses the model."""
+
+
+class ExtensionError(EdgeError):
+    """The compiled ov_kernels library is absent or was built for another OpenVINO."""
+
+
+class MissingExtraError(EdgeError):
+    """A feature was asked for whose optional dependencies are not installed."""
+
+
+class DownloadError(EdgeError):
+    """The model hub could not be reached, or has no such model."""
+
+
+class ExportError(EdgeError):
+    """The source model cannot be converted."""

@@ -1,0 +1,130 @@
+"""`edge_model.json`: the only contract between export and runtime.
+
+A model folder holds `openvino_model.xml/.bin`, `tokenizer.json` (+ `tokenizer_config.json`, chat template),
+`config.json`, `generation_config.json` and this manifest. A folder that optimum-intel or the hub's OpenVINO
+organisation made has no manifest: `load_manifest` then reads the same facts from `config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import ModelFormatError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "edge_model.json"
+MODEL_NAME = "openvino_model.xml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Facts about one exported model that the runtime cannot read from the graph.
+
+    Attributes:
+        architecture: Hugging Face `model_type`, such as `llama`.
+        context_length: Largest number of tokens, prompt and answer together; None if unknown.
+        vocab_size: Rows of the embedding, which may exceed the tokenizer's entries (padding).
+        eos_token_ids: Every id that ends an answer.
+        bos_token_id: None where the model has none.
+        weights: How the weights are stored: `fp32`, `fp16`, `int8` or `int4`.
+        group_size: Quantisation group along the input axis; -1 per channel, None if not grouped.
+        num_parameters: Of the source model, embeddings included; None if unknown.
+        source: Where the model came from: a folder name or a hub id.
+        versions: Package name to version, of what made this folder.
+        attention_groups: Layers that share one block list; empty for a dense model, which is one group.
+        format_version: Of this file.
+    """
+
+    architecture: str
+    context_length: int | None
+    vocab_size: int | None
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    weights: str = "unknown"
+    group_size: int | None = None
+    num_parameters: int | None = None
+    source: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    attention_groups: tuple[tuple[int, ...], ...] = ()
+    format_version: int = FORMAT_VERSION
+
+    def save(self, folder: Path) -> None:
+        """Write `edge_model.json` into `folder`, whole or not at all."""
+        temporary = folder / (MANIFEST_NAME + ".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / MANIFEST_NAME)
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a model folder, or derive it where there is none.
+
+    Raises:
+        ModelFormatError: The folder is missing or holds no model, or a JSON file in it cannot be used.
+    """
+    if not folder.is_dir():
+        raise ModelFormatError(
+            f"model folder `{folder}` does not exist",
+            "make one with `edge-run export SOURCE -o FOLDER` or `edge-run pull HUB_ID`",
+        )
+    if not (folder / MODEL_NAME).is_file():
+        raise ModelFormatError(
+            f"`{folder}` holds no {MODEL_NAME}, so it is not an OpenVINO model folder",
+            f"convert it first: `edge-run export {folder} -o OUT`",
+        )
+    path = folder / MANIFEST_NAME
+    return _from_manifest(path) if path.is_file() else _from_config(folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; {} where the file does not exist.
+
+    Raises:
+        ModelFormatError: The file is not a JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFormatError(f"`{path}` is not readable JSON: {error}", "copy or export the model again") from error
+    if not isinstance(content, dict):
+        raise ModelFormatError(f"`{path}` holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _from_manifest(path: Path) -> Manifest:
+    content = read_json(path)
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ModelFormatError(
+            f"`{path}` has format version {version}, this edge-run reads {FORMAT_VERSION}", "export the model again"
+        )
+    known = {f.name for f in fields(Manifest)}
+    unknown = sorted(set(content) - known)
+    if unknown:
+        raise ModelFormatError(f"`{path}` has unknown entries {unknown}", "export the model again")
+    content["eos_token_ids"] = tuple(content.get("eos_token_ids", ()))
+    content["attention_groups"] = tuple(tuple(group) for group in content.get("attention_groups", ()))
+    try:
+        return Manifest(**content)
+    except TypeError as error:
+        raise ModelFormatError(f"`{path}` is incomplete: {error}", "export the model again") from error
+
+
+def _from_config(folder: Path) -> Manifest:
+    config = read_json(folder / "config.json")
+    generation = read_json(folder / "generation_config.json")
+    text = config.get("text_config", config)
+    eos = generation.get("eos_token_id", text.get("eos_token_id", config.get("eos_token_id")))
+    return Manifest(
+        architecture=config.get("model_type", "unknown"),
+        context_length=text.get("max_position_embeddings") or text.get("n_positions"),
+        vocab_size=text.get("vocab_size"),
+        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        bos_token_id=generation.get("bos_token_id", text.get("bos_token_id")),
+        source=config.get("_name_or_path", ""),
+    )
