@@ -1,0 +1,7 @@
+// The registry: what `ov::Core::add_extension` finds in this library.
+
+#include "ov_extension.hpp"
+
+#include <vector>
+
+OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({edge::make_threshold_extension()}));
