@@ -1,0 +1,53 @@
+"""edge-run: fast, private, lossless language models on a personal computer, through OpenVINO.
+
+    from edge_runtime import EdgeLLM
+    llm = EdgeLLM.load("model-folder", draft="draft-folder")
+    print(llm.generate("Once upon a time").text)
+
+This package never imports torch, transformers or nncf; names are resolved on first use, so that importing it costs
+little more than importing OpenVINO.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge_runtime.api import EdgeLLM, GenerationResult, TextChunk, TextStream
+    from edge_runtime.config import GenerationConfig, LoadConfig
+    from edge_runtime.errors import EdgeError
+    from edge_runtime.metrics import Metrics
+    from edge_runtime.tokenizer import Message
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "EdgeError": "errors",
+    "EdgeLLM": "api",
+    "GenerationConfig": "config",
+    "GenerationResult": "api",
+    "LoadConfig": "config",
+    "Message": "tokenizer",
+    "Metrics": "metrics",
+    "TextChunk": "api",
+    "TextStream": "api",
+}
+
+__all__ = [
+    "EdgeError",
+    "EdgeLLM",
+    "GenerationConfig",
+    "GenerationResult",
+    "LoadConfig",
+    "Message",
+    "Metrics",
+    "TextChunk",
+    "TextStream",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module `edge_runtime` has no attribute `{name}`")
+    return getattr(importlib.import_module(f"edge_runtime.{_MODULES[name]}"), name)

@@ -1,0 +1,268 @@
+"""`EdgeLLM`: load a model, generate, stream, chat. The one class most users see.
+
+    llm = EdgeLLM.load("target", draft="draft")
+    result = llm.generate("Once upon a time", max_new_tokens=50)
+    for chunk in llm.stream("Once upon a time", temperature=0.7, seed=1):
+        print(chunk.text, end="")
+    answer = llm.chat([{"role": "user", "content": "Tell me a story"}])
+
+Options are those of `config.GenerationConfig`; an unknown one raises and suggests the nearest.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from edge_runtime.config import GenerationConfig, LoadConfig
+from edge_runtime.devices import check_device
+from edge_runtime.engine import Engine, Token, check_prompt
+from edge_runtime.errors import ConfigError
+from edge_runtime.manifest import Manifest, load_manifest
+from edge_runtime.metrics import Metrics
+from edge_runtime.model import CachedModel
+from edge_runtime.stop import StopStrings
+from edge_runtime.tokenizer import Message, Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """What one token added to the text.
+
+    Attributes:
+        text: The text it completed; may be empty while a character or a stop string is undecided.
+        token: The token; None for the last chunk, which only releases text held back.
+    """
+
+    text: str
+    token: Token | None
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """A finished answer.
+
+    Attributes:
+        text: The answer, without the stop string.
+        token_ids: Its tokens; with a stop string, up to the token that completed it.
+        finish_reason: `stop` (a stop token or string), `length` (max_new_tokens or the context), `cancelled`.
+        metrics: What was measured.
+        logprobs: One entry for each token when they were asked for.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    metrics: Metrics
+    logprobs: list[Token] | None = None
+
+
+class EdgeLLM:
+    """A loaded target, with a draft or without. One request runs at a time; others wait their turn.
+
+    Make one with `EdgeLLM.load`.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, manifest: Manifest, load_s: float) -> None:
+        self.engine, self.tokenizer, self.manifest, self.load_s = engine, tokenizer, manifest, load_s
+        self._turn = threading.Lock()
+
+    @classmethod
+    def load(cls, model: str | Path, draft: str | Path | None = None, device: str = "CPU", **options: Any) -> Self:
+        """Load a model folder, and a draft's if given.
+
+        Args:
+            model: Folder of the target, from `edge-run export`, `edge-run pull` or optimum-intel.
+            draft: Folder of a draft with the same vocabulary; None for none.
+            device: OpenVINO device of the target.
+            **options: Fields of `config.LoadConfig`, such as draft_device, precision, kv_precision.
+
+        Raises:
+            ConfigError: An option is unknown or has a bad value.
+            ModelFormatError: A folder is missing or damaged.
+            ModelPairError: The vocabularies differ.
+            DeviceError: A device is absent or refuses the model.
+        """
+        started = time.perf_counter()
+        config = LoadConfig.from_options(device=device, **options)
+        folder = Path(model)
+        manifest = load_manifest(folder)
+        draft_manifest = load_manifest(Path(draft)) if draft is not None else None
+        tokenizer = Tokenizer(folder)
+        if draft is not None:
+            tokenizer.check_same_vocabulary(Tokenizer(Path(draft)))
+        target = _load_model(folder, manifest, config.device, config)
+        drafting = None
+        if draft is not None and draft_manifest is not None:
+            drafting = _load_model(Path(draft), draft_manifest, config.draft_device or config.device, config)
+        return cls(Engine(target, drafting), tokenizer, manifest, time.perf_counter() - started)
+
+    def generate(self, prompt: Prompt, **options: Any) -> GenerationResult:
+        """Continue a prompt.
+
+        Args:
+            prompt: Text, or token ids.
+            **options: Fields of `config.GenerationConfig`.
+
+        Raises:
+            ConfigError: An option is unknown or has a bad value, or the prompt is empty.
+            ContextOverflowError: The prompt does not fit the context.
+        """
+        return self.stream(prompt, **options).finish()
+
+    def stream(
+        self, prompt: Prompt, on_prefill: Callable[[int, int], None] | None = None, **options: Any
+    ) -> TextStream:
+        """Continue a prompt piece by piece; takes what `generate` takes.
+
+        Args:
+            prompt: Text, or token ids.
+            on_prefill: Called with the prompt's tokens done and wanted while a long prompt is read.
+            **options: Fields of `config.GenerationConfig`.
+
+        Returns:
+            An iterator of chunks, whose `result` is complete once it is exhausted, closed or cancelled.
+        """
+        config = GenerationConfig.from_options(**options)
+        if isinstance(prompt, str) and not prompt:
+            raise ConfigError("the prompt is empty", "give at least one character")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token_id) for token_id in prompt]
+        check_prompt(ids, self.engine.target.model.context_length)
+        _check_ids(ids, self.engine.target.model.vocab_size)
+        return TextStream(self, ids, config, on_prefill)
+
+    def chat(self, messages: str | Sequence[Message], **options: Any) -> GenerationResult:
+        """Answer a chat: the messages so far, or one user message. Earlier turns are not computed again.
+
+        Raises:
+            ConfigError: The model has no chat template, or one of `generate`'s reasons.
+        """
+        return self.stream_chat(messages, **options).finish()
+
+    def stream_chat(self, messages: str | Sequence[Message], **options: Any) -> TextStream:
+        """Answer a chat piece by piece; takes what `chat` takes."""
+        turns: Sequence[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return self.stream(self.tokenizer.apply_chat_template(turns), **options)
+
+    def stop_token_ids(self, config: GenerationConfig) -> tuple[int, ...]:
+        """Return the ids that end an answer of this request."""
+        own = () if config.ignore_eos else self.manifest.eos_token_ids
+        return (*own, *config.stop_token_ids)
+
+
+class TextStream:
+    """The chunks of one request as they are generated.
+
+    Leaving the loop, `close()`, or `cancel()` from another thread end the request; what was generated stays in `result`.
+    """
+
+    def __init__(
+        self,
+        llm: EdgeLLM,
+        prompt_ids: list[int],
+        config: GenerationConfig,
+        on_prefill: Callable[[int, int], None] | None,
+    ) -> None:
+        self._llm, self._prompt_ids, self._config, self._on_prefill = llm, prompt_ids, config, on_prefill
+        self._metrics = Metrics(load_s=llm.load_s)
+        self._cancelled = threading.Event()
+        self._tokens: list[Token] = []
+        self._text: list[str] = []
+        self._finish_reason = "cancelled"
+        self._chunks = self._run()
+
+    def __iter__(self) -> Iterator[TextChunk]:
+        return self._chunks
+
+    def __next__(self) -> TextChunk:
+        return next(self._chunks)
+
+    def cancel(self) -> None:
+        """End the request after the current token; may be called from any thread."""
+        self._cancelled.set()
+
+    def close(self) -> None:
+        """End the request now; what follows is not generated."""
+        self._chunks.close()
+
+    def finish(self) -> GenerationResult:
+        """Generate the rest and return the result."""
+        for _ in self._chunks:
+            pass
+        return self.result
+
+    @property
+    def result(self) -> GenerationResult:
+        """What was generated so far; complete once the iterator is exhausted."""
+        return GenerationResult(
+            text="".join(self._text),
+            token_ids=[token.token_id for token in self._tokens],
+            finish_reason=self._finish_reason,
+            metrics=self._metrics,
+            logprobs=None if self._config.logprobs is None else self._tokens,
+        )
+
+    def _run(self) -> Iterator[TextChunk]:
+        with self._llm._turn:
+            try:
+                yield from self._generate()
+            except _CancelledError:
+                return
+
+    def _generate(self) -> Iterator[TextChunk]:
+        config = self._config
+        decoder = self._llm.tokenizer.decode_stream(self._prompt_ids)
+        stop = StopStrings(config.stop)
+        tokens = self._llm.engine.generate(
+            self._prompt_ids, config, self._llm.stop_token_ids(config), self._metrics, self._check_cancelled
+        )
+        for token in tokens:
+            self._tokens.append(token)
+            yield self._chunk(stop.push(decoder.push(token.token_id)), token)
+            if stop.is_found:
+                self._finish_reason = "stop"
+                return
+            if self._cancelled.is_set():
+                return
+        at_limit = len(self._tokens) >= config.max_new_tokens
+        yield self._chunk(stop.push(decoder.flush()) + stop.flush(), None)
+        self._finish_reason = "length" if at_limit or self._is_context_full else "stop"
+
+    @property
+    def _is_context_full(self) -> bool:
+        return len(self._prompt_ids) + len(self._tokens) >= self._llm.engine.target.model.context_length
+
+    def _chunk(self, text: str, token: Token | None) -> TextChunk:
+        self._text.append(text)
+        return TextChunk(text, token)
+
+    def _check_cancelled(self, done: int, wanted: int) -> None:
+        if self._cancelled.is_set():
+            raise _CancelledError
+        if self._on_prefill:
+            self._on_prefill(done, wanted)
+
+
+class _CancelledError(Exception):
+    """Ends a request between two chunks of its prompt."""
+
+
+def _load_model(folder: Path, manifest: Manifest, device: str, config: LoadConfig) -> CachedModel:
+    from edge_runtime.paged_model import PagedModel
+
+    return CachedModel(PagedModel(folder, manifest, check_device(device), config), config.prefill_chunk_size)
+
+
+def _check_ids(token_ids: Sequence[int], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise ConfigError(
+                f"the prompt holds token id {token_id}, the model's ids go from 0 to {vocab_size - 1}",
+                "encode the prompt with the model's own tokenizer",
+            )

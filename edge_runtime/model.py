@@ -1,0 +1,110 @@
+"""One compiled language model behind two verbs: `forward` tokens to logits, `rollback` to forget some.
+
+`CausalModel` is what a device implementation provides (`paged_model.py`, `static_model.py`). `CachedModel` adds what all
+of them need: the ids of the tokens whose keys and values are held, so that a new prompt that starts like the last one
+(the next turn of a chat) is not computed again, and a stopped or cancelled request leaves nothing to repair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.float32]
+
+
+class CausalModel(Protocol):
+    """A decoder with a KV cache of one sequence.
+
+    Attributes:
+        vocab_size: V, the width of the logits.
+        context_length: Most tokens that fit.
+        num_tokens: Tokens whose keys and values are held.
+    """
+
+    vocab_size: int
+    context_length: int
+    num_tokens: int
+
+    def forward(self, token_ids: list[int], num_rows: int) -> Rows:
+        """Append T tokens and return the logits of the last `num_rows`, (num_rows, V): valid until the next call."""
+
+    def rollback(self, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens and forget the rest."""
+
+    def reserve(self, num_tokens: int) -> None:
+        """Announce that up to `num_tokens` tokens may come, so that memory is found before the work starts."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+
+
+class CachedModel:
+    """A model together with the ids of the tokens it holds.
+
+    Args:
+        model: The device implementation.
+        chunk_size: Most tokens given to one forward.
+    """
+
+    def __init__(self, model: CausalModel, chunk_size: int) -> None:
+        self.model = model
+        self._chunk_size = chunk_size
+        self._ids: list[int] = []
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Ids of the tokens held; not to be modified."""
+        return self._ids
+
+    def forward(self, token_ids: list[int], num_rows: int = 1) -> Rows:
+        """Append tokens; return the logits of the last `num_rows` positions, (num_rows, V), valid until the next call."""
+        rows = self.model.forward(token_ids, num_rows)
+        self._ids += token_ids
+        return rows
+
+    def rollback(self, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens and forget the rest."""
+        if num_tokens < len(self._ids):
+            del self._ids[num_tokens:]
+            self.model.rollback(num_tokens)
+
+    def align(self, token_ids: list[int], start: int = 0) -> int:
+        """Forget all that does not start `token_ids`.
+
+        Args:
+            token_ids: The sequence that is to be continued; at least its last token is left to be fed.
+            start: Tokens known to be equal already.
+
+        Returns:
+            How many leading tokens of `token_ids` are held now.
+        """
+        limit = min(len(self._ids), len(token_ids) - 1)
+        same = min(start, limit)
+        while same < limit and self._ids[same] == token_ids[same]:
+            same += 1
+        self.rollback(same)
+        return same
+
+    def catch_up(
+        self, token_ids: list[int], start: int = 0, on_chunk: Callable[[int, int], None] | None = None
+    ) -> Rows:
+        """Hold exactly `token_ids`, computing only what is missing, in chunks.
+
+        Args:
+            token_ids: The sequence to hold, at least one token.
+            start: Leading tokens known to be held already.
+            on_chunk: Called before each chunk with the tokens held and the tokens wanted; may raise to cancel.
+
+        Returns:
+            (1, V) logits after the last token, valid until the next call.
+        """
+        for begin in range(self.align(token_ids, start), len(token_ids), self._chunk_size):
+            if on_chunk:
+                on_chunk(begin, len(token_ids))
+            rows = self.forward(token_ids[begin : begin + self._chunk_size])
+        return rows

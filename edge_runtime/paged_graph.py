@@ -1,0 +1,125 @@
+"""Rewrite a stateful IR for the PagedAttention engine.
+
+Three steps, in place:
+
+1. OpenVINO's own transformation turns the KV states into cache inputs that the plugin updates in place, and the batch
+   into a flat list of tokens: `input_ids (T)`, `position_ids (T)`, logits `(T, 1, V)`.
+2. Each attention group gets its own `past_lens`, `block_indices`, `block_indices_begins` and `max_context_len`. A group
+   is a set of layers that share one block list; a dense model is one group and keeps the stock inputs.
+3. A gather before the last matrix product leaves only the rows whose logits are wanted: a prompt of 1000 tokens
+   computes one row of the vocabulary, not 1000.
+
+The 28 inputs of the PagedAttention op: openvino/op/paged_attention.hpp of OpenVINO 2026.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import openvino as ov
+from openvino import opset13
+
+from edge_runtime.errors import ModelFormatError
+
+LOGITS_ROWS = "logits_rows"
+PER_GROUP_INPUTS = {5: "past_lens", 7: "block_indices", 8: "block_indices_begins", 12: "max_context_len"}
+"""PagedAttention input number to parameter name, for what belongs to a block list."""
+ROW_WISE_OPS = ("Add", "Multiply", "Divide", "Tanh", "Convert", "Reshape", "Squeeze", "Unsqueeze", "Subtract")
+"""What may stand between the last matrix product and the logits: soft-capping, scaling, a bias, layout."""
+
+
+def to_paged_attention(model: ov.Model, groups: Sequence[Sequence[int]] = ()) -> None:
+    """Rewrite `model` in place.
+
+    Args:
+        model: A stateful decoder with scaled-dot-product attention, as optimum-intel exports it.
+        groups: Layer numbers of each attention group; empty for one group of all layers.
+
+    Raises:
+        ModelFormatError: The model is not such a decoder, or the groups do not name each layer once.
+    """
+    from openvino._offline_transformations import paged_attention_transformation
+
+    if not model.get_sinks():
+        raise ModelFormatError(
+            "the model has no KV-cache states, so it cannot generate token by token",
+            "export it with `edge-run export`, or with optimum's task text-generation-with-past",
+        )
+    if "runtime_options" in model.get_rt_info():
+        del model.get_rt_info()["runtime_options"]
+    try:
+        paged_attention_transformation(model)
+    except RuntimeError as error:
+        raise ModelFormatError(
+            f"OpenVINO cannot convert this model to PagedAttention: {first_line(error)}",
+            "export it with `edge-run export`, which checks this",
+        ) from error
+    if groups:
+        _split_into_groups(model, groups)
+    _keep_wanted_rows(model)
+
+
+def group_input(name: str, group: int) -> str:
+    """Return the name of a per-group input: the stock name for the first group, `name.group.N` for others."""
+    return name if group == 0 else f"{name}.group.{group}"
+
+
+def attention_ops(model: ov.Model) -> list[ov.Node]:
+    """Return the PagedAttention ops in layer order, which is the order of their cache inputs."""
+    ops = [node for node in model.get_ordered_ops() if node.get_type_name() == "PagedAttentionExtension"]
+    return sorted(ops, key=_layer_number)
+
+
+def _layer_number(node: ov.Node) -> int:
+    return int(node.input_value(3).get_node().get_friendly_name().rsplit(".", 1)[1])
+
+
+def _split_into_groups(model: ov.Model, groups: Sequence[Sequence[int]]) -> None:
+    layers = attention_ops(model)
+    named = sorted(layer for group in groups for layer in group)
+    if named != list(range(len(layers))):
+        raise ModelFormatError(
+            f"attention groups name layers {named}, the model has layers 0 to {len(layers) - 1}, each to be named once"
+        )
+    for number, group in enumerate(groups):
+        if number == 0:
+            continue
+        parameters = {port: _clone_parameter(layers[0], port, number) for port in PER_GROUP_INPUTS}
+        for layer in group:
+            for port, parameter in parameters.items():
+                layers[layer].input(port).replace_source_output(parameter.output(0))
+        model.add_parameters(list(parameters.values()))
+    model.validate_nodes_and_infer_types()
+
+
+def _clone_parameter(layer: ov.Node, port: int, group: int) -> ov.Node:
+    stock = layer.input_value(port)
+    name = group_input(PER_GROUP_INPUTS[port], group)
+    parameter = opset13.parameter(stock.get_partial_shape(), stock.get_element_type(), name=name)
+    parameter.output(0).set_names({name})
+    return parameter
+
+
+def _keep_wanted_rows(model: ov.Model) -> None:
+    """Gather the wanted rows before the last matrix product."""
+    node = model.output("logits").get_node().input_value(0).get_node()
+    while node.get_type_name() in ROW_WISE_OPS:
+        node = next(
+            (value.get_node() for value in node.input_values() if value.get_node().get_type_name() != "Constant"), node
+        )
+    if node.get_type_name() != "MatMul":
+        raise ModelFormatError(f"the logits come from a {node.get_type_name()}, expected a matrix product")
+    rows = opset13.parameter([-1], np.int32, name=LOGITS_ROWS)
+    rows.output(0).set_names({LOGITS_ROWS})
+    gathered = opset13.gather(node.input_value(0), rows, opset13.constant(np.int32(0)))
+    node.input(0).replace_source_output(gathered.output(0))
+    model.add_parameters([rows])
+    model.validate_nodes_and_infer_types()
+
+
+def first_line(error: Exception) -> str:
+    """Return the informative line of an OpenVINO error: the last that is not a source position."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (told or lines or ["no reason given"])[-1].rstrip(".")

@@ -1,0 +1,250 @@
+"""Logits to a distribution to a token: numpy, with an explicit random generator.
+
+One order for target and draft alike: logit bias, penalties, temperature, top-k, top-p, min-p. Greedy decoding is the
+limit temperature -> 0, a distribution with all its mass on one token, so that speculation needs a single acceptance
+rule (`speculative.py`). Distributions keep only the tokens that survived the filters: with a vocabulary of 150 000
+this is what makes sampling cheap.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.config import GenerationConfig
+
+Logits = NDArray[np.float32]
+
+
+class Distribution(Protocol):
+    """A probability distribution over token ids."""
+
+    def probability(self, token_id: int) -> float:
+        """Return the probability of one token."""
+
+    def sample(self, random: np.random.Generator) -> int:
+        """Draw one token."""
+
+    def residual(self, other: Distribution) -> Distribution:
+        """Return max(0, self - other), normalised: what a rejected draft token is replaced from."""
+
+
+class PointMass:
+    """All probability on one token: greedy decoding, and the drafts of prompt lookup."""
+
+    __slots__ = ("token_id",)
+
+    def __init__(self, token_id: int) -> None:
+        self.token_id = token_id
+
+    def probability(self, token_id: int) -> float:
+        """Return 1 for the token, 0 for every other."""
+        return 1.0 if token_id == self.token_id else 0.0
+
+    def sample(self, random: np.random.Generator) -> int:
+        """Return the token; draws nothing from `random`."""
+        return self.token_id
+
+    def residual(self, other: Distribution) -> PointMass:
+        """Return itself: what is left of a point mass is a point mass."""
+        return self
+
+
+class Categorical:
+    """Probabilities of the tokens that survived the filters.
+
+    Args:
+        token_ids: (N,) ascending ids; None when all of the vocabulary survived.
+        weights: (N,) non-negative, not all zero, not necessarily normalised.
+    """
+
+    __slots__ = ("probabilities", "token_ids")
+
+    def __init__(self, token_ids: NDArray[np.int64] | None, weights: NDArray[np.float64]) -> None:
+        self.token_ids = token_ids
+        self.probabilities = weights / weights.sum()
+
+    def probability(self, token_id: int) -> float:
+        """Return the probability of one token; 0 for filtered ones."""
+        if self.token_ids is None:
+            return float(self.probabilities[token_id]) if token_id < len(self.probabilities) else 0.0
+        index = int(np.searchsorted(self.token_ids, token_id))
+        found = index < len(self.token_ids) and self.token_ids[index] == token_id
+        return float(self.probabilities[index]) if found else 0.0
+
+    def sample(self, random: np.random.Generator) -> int:
+        """Draw one token by inverting the cumulative distribution with one uniform number."""
+        cumulative = np.cumsum(self.probabilities)
+        # Strictly below the total, so that rounding can never pick a token without mass.
+        target = min(random.random() * cumulative[-1], np.nextafter(cumulative[-1], 0))
+        index = int(np.searchsorted(cumulative, target, side="right"))
+        return index if self.token_ids is None else int(self.token_ids[index])
+
+    def residual(self, other: Distribution) -> Distribution:
+        """Return max(0, self - other), normalised (Leviathan et al. 2023, section 2.3)."""
+        left = np.maximum(self.probabilities - self._probabilities_of(other), 0.0)
+        # Only rounding can reject a token when both distributions are equal; the target's own is then right.
+        return Categorical(self.token_ids, left) if left.sum() > 0 else self
+
+    def _probabilities_of(self, other: Distribution) -> NDArray[np.float64]:
+        """Return `other`'s probability of each token of this distribution's support, (N,)."""
+        aligned = np.zeros(len(self.probabilities))
+        if isinstance(other, Categorical) and self.token_ids is None and other.token_ids is None:
+            size = min(len(aligned), len(other.probabilities))
+            aligned[:size] = other.probabilities[:size]
+        elif isinstance(other, Categorical):
+            theirs = np.arange(len(other.probabilities)) if other.token_ids is None else other.token_ids
+            mine = np.arange(len(aligned)) if self.token_ids is None else self.token_ids
+            _, here, there = np.intersect1d(mine, theirs, assume_unique=True, return_indices=True)
+            aligned[here] = other.probabilities[there]
+        elif isinstance(other, PointMass):
+            index = other.token_id if self.token_ids is None else int(np.searchsorted(self.token_ids, other.token_id))
+            if index < len(aligned) and (self.token_ids is None or self.token_ids[index] == other.token_id):
+                aligned[index] = 1.0
+        return aligned
+
+
+class TokenCounts:
+    """How often each token occurred: what the penalties need. Tokens of an unverified draft are pushed and popped."""
+
+    def __init__(self, prompt_ids: list[int]) -> None:
+        self._prompt = set(prompt_ids)
+        self._generated: dict[int, int] = {}
+
+    def push(self, token_id: int) -> None:
+        """Count one generated token."""
+        self._generated[token_id] = self._generated.get(token_id, 0) + 1
+
+    def pop(self, token_id: int) -> None:
+        """Forget one generated token."""
+        left = self._generated[token_id] - 1
+        if left:
+            self._generated[token_id] = left
+        else:
+            del self._generated[token_id]
+
+    def generated(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the distinct generated ids, (N,), and their counts, (N,)."""
+        size = len(self._generated)
+        ids = np.fromiter(self._generated.keys(), np.int64, size)
+        return ids, np.fromiter(self._generated.values(), np.float32, size)
+
+    def seen(self) -> NDArray[np.int64]:
+        """Return the distinct ids of prompt and answer, (N,)."""
+        return np.array(sorted(self._prompt | self._generated.keys()), np.int64)
+
+
+class Sampler:
+    """One request's sampling state: options, token counts and random generator.
+
+    Args:
+        config: The request's options.
+        prompt_ids: Tokens before the answer; the repetition penalty sees them too.
+        random: Source of all randomness of the request.
+    """
+
+    def __init__(self, config: GenerationConfig, prompt_ids: list[int], random: np.random.Generator) -> None:
+        self.config = config
+        self.random = random
+        self._bias = {i: b for i, b in config.logit_bias.items() if b != 0}
+        self._has_penalty = (
+            config.repetition_penalty != 1 or config.presence_penalty != 0 or config.frequency_penalty != 0
+        )
+        self._counts = TokenCounts(prompt_ids)
+
+    def push(self, token_id: int) -> None:
+        """Take a token, emitted or drafted, into the penalties."""
+        if self._has_penalty:
+            self._counts.push(token_id)
+
+    def pop(self, token_id: int) -> None:
+        """Take a drafted token out of the penalties again."""
+        if self._has_penalty:
+            self._counts.pop(token_id)
+
+    def distribution(self, logits: Logits) -> Distribution:
+        """Return the distribution that the next token is drawn from.
+
+        Args:
+            logits: (V,) raw logits of one position; not modified.
+        """
+        if self._has_penalty or self._bias:
+            logits = self._adjusted(logits)
+        if self.config.is_greedy:
+            return PointMass(int(logits.argmax()))
+        return filtered_distribution(logits, self.config)
+
+    def _adjusted(self, logits: Logits) -> Logits:
+        logits = logits.astype(np.float32, copy=True)
+        config = self.config
+        for token_id, bias in self._bias.items():
+            if token_id < len(logits):
+                logits[token_id] += bias
+        if config.repetition_penalty != 1:
+            seen = self._counts.seen()
+            seen = seen[seen < len(logits)]
+            values = logits[seen]
+            scale = np.float32(config.repetition_penalty)
+            logits[seen] = np.where(values > 0, values / scale, values * scale)
+        if config.presence_penalty or config.frequency_penalty:
+            ids, counts = self._counts.generated()
+            logits[ids] -= np.float32(config.presence_penalty) + np.float32(config.frequency_penalty) * counts
+        return logits
+
+
+def filtered_distribution(logits: Logits, config: GenerationConfig) -> Categorical:
+    """Apply temperature, top-k, top-p and min-p.
+
+    Args:
+        logits: (V,) logits after bias and penalties.
+        config: Options with temperature > 0.
+
+    Returns:
+        The normalised distribution over the surviving tokens; the most likely token always survives.
+    """
+    scaled = logits.astype(np.float64) / config.temperature
+    scaled -= scaled.max()
+    ids: NDArray[np.int64] | None = None
+    if 0 < config.top_k < len(scaled):
+        ids = np.sort(np.argpartition(scaled, -config.top_k)[-config.top_k :])
+        scaled = scaled[ids]
+    weights = np.exp(scaled)
+    if config.top_p < 1:
+        ids, weights = _keep(ids, weights, _nucleus(weights / weights.sum(), config.top_p))
+    if config.min_p > 0:
+        ids, weights = _keep(ids, weights, np.flatnonzero(weights >= config.min_p * weights.max()))
+    return Categorical(ids, weights)
+
+
+def _nucleus(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """Return the ascending positions of the smallest set of most likely tokens with mass >= top_p."""
+    # All tokens below (1 - top_p) / V together hold less than 1 - top_p: none of them can be in the nucleus.
+    candidates = np.flatnonzero(probabilities >= (1 - top_p) / len(probabilities))
+    order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
+    size = int(np.searchsorted(np.cumsum(probabilities[order]), top_p)) + 1
+    return np.sort(order[:size])
+
+
+def _keep(
+    ids: NDArray[np.int64] | None, weights: NDArray[np.float64], kept: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    return kept if ids is None else ids[kept], weights[kept]
+
+
+def top_logprobs(logits: Logits, token_id: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+    """Return the log-probability of one token and of the `count` most likely ones.
+
+    Args:
+        logits: (V,) raw logits: the model's own distribution, before penalties and temperature.
+        token_id: The emitted token.
+        count: How many most likely tokens to report; 0 for none.
+    """
+    values = logits.astype(np.float64)
+    values -= values.max()
+    values -= np.log(np.exp(values).sum())
+    count = min(count, len(values))
+    best = np.argpartition(values, -count)[-count:] if count else np.empty(0, np.int64)
+    best = best[np.argsort(-values[best], kind="stable")]
+    return float(values[token_id]), [(int(i), float(values[i])) for i in best]
