@@ -11,9 +11,10 @@ Options are those of `config.GenerationConfig`; an unknown one raises and sugges
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -72,6 +73,7 @@ class EdgeLLM:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, manifest: Manifest, load_s: float) -> None:
         self.engine, self.tokenizer, self.manifest, self.load_s = engine, tokenizer, manifest, load_s
         self._turn = threading.Lock()
+        self._running: TextStream | None = None
 
     @classmethod
     def load(cls, model: str | Path, draft: str | Path | None = None, device: str = "CPU", **options: Any) -> Self:
@@ -155,11 +157,25 @@ class EdgeLLM:
         own = () if config.ignore_eos else self.manifest.eos_token_ids
         return (*own, *config.stop_token_ids)
 
+    @contextlib.contextmanager
+    def turn_of(self, stream: TextStream) -> Iterator[None]:
+        """Let one request run at a time; a half-read stream of the same thread ends, since nobody could read on."""
+        running = self._running
+        if running is not None and running.thread == stream.thread:
+            running.close()
+        with self._turn:
+            self._running = stream
+            try:
+                yield
+            finally:
+                self._running = None
+
 
 class TextStream:
     """The chunks of one request as they are generated.
 
-    Leaving the loop, `close()`, or `cancel()` from another thread end the request; what was generated stays in `result`.
+    `close()`, `cancel()` from another thread, or the next request of the same thread end this one; what was generated
+    stays in `result`.
     """
 
     def __init__(
@@ -175,6 +191,7 @@ class TextStream:
         self._tokens: list[Token] = []
         self._text: list[str] = []
         self._finish_reason = "cancelled"
+        self.thread = 0
         self._chunks = self._run()
 
     def __iter__(self) -> Iterator[TextChunk]:
@@ -208,8 +225,9 @@ class TextStream:
             logprobs=None if self._config.logprobs is None else self._tokens,
         )
 
-    def _run(self) -> Iterator[TextChunk]:
-        with self._llm._turn:
+    def _run(self) -> Generator[TextChunk, None, None]:
+        self.thread = threading.get_ident()
+        with self._llm.turn_of(self):
             try:
                 yield from self._generate()
             except _CancelledError:

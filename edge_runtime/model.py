@@ -1,8 +1,8 @@
 """One compiled language model behind two verbs: `forward` tokens to logits, `rollback` to forget some.
 
-`CausalModel` is what a device implementation provides (`paged_model.py`, `static_model.py`). `CachedModel` adds what all
-of them need: the ids of the tokens whose keys and values are held, so that a new prompt that starts like the last one
-(the next turn of a chat) is not computed again, and a stopped or cancelled request leaves nothing to repair.
+`CausalModel` is what a device implementation provides (`paged_model.py`). `CachedModel` adds what all of them need: the
+ids of the tokens whose keys and values are held, so that a new prompt that starts like the last one (the next turn of a
+chat) is not computed again, and a stopped or cancelled request leaves nothing to repair.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class CachedModel:
         return self._ids
 
     def forward(self, token_ids: list[int], num_rows: int = 1) -> Rows:
-        """Append tokens; return the logits of the last `num_rows` positions, (num_rows, V), valid until the next call."""
+        """Append tokens; return the last `num_rows` rows of logits, (num_rows, V), valid until the next call."""
         rows = self.model.forward(token_ids, num_rows)
         self._ids += token_ids
         return rows

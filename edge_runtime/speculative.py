@@ -2,8 +2,8 @@
 
 Source: Leviathan, Kalman, Matias 2023 (arXiv 2211.17192), algorithm 1; Chen et al. 2023 (arXiv 2302.01318).
 A draft token x drawn from q is kept with probability min(1, p(x) / q(x)); after a rejection the token at that same
-position is drawn from max(0, p - q), normalised. The emitted token then has distribution p exactly, whatever q is. p and q are
-taken after bias, penalties, temperature and filters, so what is sampled is what the options say.
+position is drawn from max(0, p - q), normalised. The emitted token then has distribution p exactly, whatever q is. p
+and q are taken after bias, penalties, temperature and filters, so what is sampled is what the options say.
 
 At temperature 0 p and q are point masses: the rule becomes "keep while equal to the target's own choice".
 """

@@ -178,7 +178,7 @@ def _compile_template(template: str) -> jinja2.Template:
     class GenerationTag(Extension):
         """`{% generation %}` marks the assistant's words for training; here its content is plain text."""
 
-        tags = frozenset(("generation",))
+        tags = {"generation"}  # noqa: RUF012 - the base class wants a set
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)
