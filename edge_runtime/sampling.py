@@ -125,15 +125,18 @@ class TokenCounts:
         else:
             del self._generated[token_id]
 
-    def generated(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return the distinct generated ids, (N,), and their counts, (N,)."""
+    def generated(self, limit: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the distinct generated ids below `limit`, (N,), and their counts, (N,)."""
         size = len(self._generated)
         ids = np.fromiter(self._generated.keys(), np.int64, size)
-        return ids, np.fromiter(self._generated.values(), np.float32, size)
+        counts = np.fromiter(self._generated.values(), np.float32, size)
+        fits = ids < limit  # a draft's row may be narrower than the target's
+        return ids[fits], counts[fits]
 
-    def seen(self) -> NDArray[np.int64]:
-        """Return the distinct ids of prompt and answer, (N,)."""
-        return np.array(sorted(self._prompt | self._generated.keys()), np.int64)
+    def seen(self, limit: int) -> NDArray[np.int64]:
+        """Return the distinct ids of prompt and answer below `limit`, (N,)."""
+        ids = np.array(sorted(self._prompt | self._generated.keys()), np.int64)
+        return ids[ids < limit]
 
 
 class Sampler:
@@ -183,13 +186,12 @@ class Sampler:
             if token_id < len(logits):
                 logits[token_id] += bias
         if config.repetition_penalty != 1:
-            seen = self._counts.seen()
-            seen = seen[seen < len(logits)]
+            seen = self._counts.seen(len(logits))
             values = logits[seen]
             scale = np.float32(config.repetition_penalty)
             logits[seen] = np.where(values > 0, values / scale, values * scale)
         if config.presence_penalty or config.frequency_penalty:
-            ids, counts = self._counts.generated()
+            ids, counts = self._counts.generated(len(logits))
             logits[ids] -= np.float32(config.presence_penalty) + np.float32(config.frequency_penalty) * counts
         return logits
 
@@ -204,8 +206,10 @@ def filtered_distribution(logits: Logits, config: GenerationConfig) -> Categoric
     Returns:
         The normalised distribution over the surviving tokens; the most likely token always survives.
     """
-    scaled = logits.astype(np.float64) / config.temperature
+    scaled = logits.astype(np.float64)
     scaled -= scaled.max()
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the most likely token to -inf, rightly
+        scaled /= config.temperature
     ids: NDArray[np.int64] | None = None
     if 0 < config.top_k < len(scaled):
         ids = np.sort(np.argpartition(scaled, -config.top_k)[-config.top_k :])
