@@ -15,6 +15,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -96,14 +97,13 @@ class EdgeLLM:
         folder = Path(model)
         manifest = load_manifest(folder)
         draft_manifest = load_manifest(Path(draft)) if draft is not None else None
-        tokenizer = Tokenizer(folder)
-        if draft is not None:
-            tokenizer.check_same_vocabulary(Tokenizer(Path(draft)))
-        target = _load_model(folder, manifest, config.device, config)
-        drafting = None
-        if draft is not None and draft_manifest is not None:
-            drafting = _load_model(Path(draft), draft_manifest, config.draft_device or config.device, config)
-        return cls(Engine(target, drafting), tokenizer, manifest, time.perf_counter() - started)
+        with ThreadPoolExecutor(1) as background:  # a large tokenizer takes as long to read as a small model to compile
+            tokenizer = background.submit(_load_tokenizer, folder, draft)
+            target = _load_model(folder, manifest, config.device, config)
+            drafting = None
+            if draft is not None and draft_manifest is not None:
+                drafting = _load_model(Path(draft), draft_manifest, config.draft_device or config.device, config)
+            return cls(Engine(target, drafting), tokenizer.result(), manifest, time.perf_counter() - started)
 
     def generate(self, prompt: Prompt, **options: Any) -> GenerationResult:
         """Continue a prompt.
@@ -269,6 +269,14 @@ class TextStream:
 
 class _CancelledError(Exception):
     """Ends a request between two chunks of its prompt."""
+
+
+def _load_tokenizer(folder: Path, draft: str | Path | None) -> Tokenizer:
+    """Return the target's tokenizer, once the draft's is known to be the same."""
+    tokenizer = Tokenizer(folder)
+    if draft is not None:
+        tokenizer.check_same_vocabulary(Tokenizer(Path(draft)))
+    return tokenizer
 
 
 def _load_model(folder: Path, manifest: Manifest, device: str, config: LoadConfig) -> CachedModel:

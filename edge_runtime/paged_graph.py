@@ -118,6 +118,18 @@ def _keep_wanted_rows(model: ov.Model) -> None:
     model.validate_nodes_and_infer_types()
 
 
+def weight_group_size(model: ov.Model) -> int | None:
+    """Return the smallest group of 4-bit weights along the input axis; None where weights have no groups."""
+    sizes = [
+        node.get_output_shape(0)[2]
+        for node in model.get_ops()
+        if node.get_type_name() == "Constant"
+        and node.get_output_element_type(0) in (ov.Type.u4, ov.Type.i4)
+        and len(node.get_output_shape(0)) == 3
+    ]
+    return min(sizes, default=None)
+
+
 def first_line(error: Exception) -> str:
     """Return the informative line of an OpenVINO error: the last that is not a source position."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -22,7 +22,7 @@ from edge_runtime.devices import compile_properties, core, num_threads
 from edge_runtime.errors import ContextOverflowError, DeviceError, ModelFormatError
 from edge_runtime.manifest import MODEL_NAME, Manifest
 from edge_runtime.model import Rows
-from edge_runtime.paged_graph import LOGITS_ROWS, first_line, group_input, to_paged_attention
+from edge_runtime.paged_graph import LOGITS_ROWS, first_line, group_input, to_paged_attention, weight_group_size
 
 UNKNOWN_CONTEXT_LENGTH = 1 << 20
 """Used where a folder does not say how long its context is."""
@@ -83,7 +83,9 @@ class PagedModel:
     def __init__(self, folder: Path, manifest: Manifest, device: str, config: LoadConfig) -> None:
         model, weight_bytes = read_model(folder)
         to_paged_attention(model, manifest.attention_groups)
-        self._compiled = _compile(model, device, compile_properties(device, config, weight_bytes))
+        self._compiled = _compile(
+            model, device, compile_properties(device, config, weight_bytes, weight_group_size(model))
+        )
         del model
         self.device = device
         self.vocab_size = int(self._compiled.output("logits").get_partial_shape()[2].get_length())
