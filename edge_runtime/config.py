@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, Self
 
 from edge_runtime.errors import ConfigError
@@ -57,13 +59,18 @@ class LoadConfig(_Options):
     kv_precision: str = "auto"
     num_threads: int = 0
     prefill_chunk_size: int = 512
-    cache_dir: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
+        _name("device", self.device)
+        if self.draft_device is not None:
+            _name("draft_device", self.draft_device)
         _choice("precision", self.precision, PRECISIONS)
         _choice("kv_precision", self.kv_precision, KV_PRECISIONS)
-        _at_least("num_threads", self.num_threads, 0)
-        _at_least("prefill_chunk_size", self.prefill_chunk_size, 1)
+        _integer("num_threads", self.num_threads, 0)
+        _integer("prefill_chunk_size", self.prefill_chunk_size, 1)
+        if self.cache_dir is not None:
+            _path("cache_dir", self.cache_dir)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,27 +118,28 @@ class GenerationConfig(_Options):
     lookup: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        _at_least("max_new_tokens", self.max_new_tokens, 1)
-        _at_least("temperature", self.temperature, 0)
-        _at_least("top_k", self.top_k, 0)
+        object.__setattr__(self, "stop", _strings("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
+        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        _integer("max_new_tokens", self.max_new_tokens, 1)
+        _within("temperature", self.temperature, 0, _LARGEST)
+        _integer("top_k", self.top_k, 0)
         _within("top_p", self.top_p, 0, 1, low_open=True)
         _within("min_p", self.min_p, 0, 1)
-        _within("repetition_penalty", self.repetition_penalty, 0, float("inf"), low_open=True)
-        _finite("presence_penalty", self.presence_penalty)
-        _finite("frequency_penalty", self.frequency_penalty)
+        _within("repetition_penalty", self.repetition_penalty, 0, _LARGEST, low_open=True)
+        _within("presence_penalty", self.presence_penalty, -_LARGEST, _LARGEST)
+        _within("frequency_penalty", self.frequency_penalty, -_LARGEST, _LARGEST)
+        _logit_bias("logit_bias", self.logit_bias)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0)
+        _flag("ignore_eos", self.ignore_eos)
         if self.logprobs is not None:
-            _within("logprobs", self.logprobs, 0, 100)
+            _integer("logprobs", self.logprobs, 0, 100)
         if self.num_draft_tokens != "auto":
             if isinstance(self.num_draft_tokens, str):
                 raise ConfigError(f"num_draft_tokens is {self.num_draft_tokens!r}, expected `auto` or a number")
-            _within("num_draft_tokens", self.num_draft_tokens, 0, 64)
-        _within("max_draft_tokens", self.max_draft_tokens, 1, 64)
-        if any(not text for text in self.stop):
-            raise ConfigError("stop holds an empty string, which would end every answer at once", "leave it out")
+            _integer("num_draft_tokens", self.num_draft_tokens, 0, 64)
+        _integer("max_draft_tokens", self.max_draft_tokens, 1, 64)
+        _flag("lookup", self.lookup)
 
     @property
     def is_greedy(self) -> bool:
@@ -139,26 +147,71 @@ class GenerationConfig(_Options):
         return self.temperature == 0
 
 
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+_LARGEST = 1e30
+"""Bound of what has none: it keeps infinity and NaN out of float32 arithmetic."""
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _within(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> None:
+    if not _is_a(Real, value):
         raise ConfigError(f"{name} is {value!r}, expected a number")
+    if not low <= value <= high or (low_open and value == low):
+        raise ConfigError(f"{name} is {value}, expected {_bounds(low, high, low_open)}")
 
 
-def _at_least(name: str, value: float, low: float) -> None:
-    _within(name, value, low, float("inf"))
+def _bounds(low: float, high: float, low_open: bool) -> str:
+    lower = "" if low == -_LARGEST else f"above {low:g}" if low_open else f"at least {low:g}"
+    upper = "" if high >= _LARGEST else f"at most {high:g}"
+    return " and ".join(filter(None, (lower, upper))) or "a finite number"
 
 
-def _finite(name: str, value: float) -> None:
-    _number(name, value)
-    if value in (float("inf"), float("-inf")):
-        raise ConfigError(f"{name} is {value}, expected a finite number")
+def _integer(name: str, value: Any, low: int, high: float = float("inf")) -> None:
+    if not _is_a(Integral, value):
+        raise ConfigError(f"{name} is {value!r}, expected a whole number")
+    _within(name, value, low, high)
 
 
-def _within(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
-    _number(name, value)
-    if value < low or value > high or (low_open and value == low):
-        bounds = f"above {low:g}" if low_open else f"at least {low:g}"
-        raise ConfigError(f"{name} is {value}, expected {bounds}" + (f" and at most {high:g}" if high < 1e30 else ""))
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}, expected True or False")
+
+
+def _strings(name: str, values: Any) -> tuple[str, ...]:
+    if not isinstance(values, (list, tuple)) or not all(isinstance(text, str) for text in values):
+        raise ConfigError(f"{name} is {values!r}, expected a string or a list of strings")
+    if not all(values):
+        raise ConfigError(f"{name} holds an empty string, which would end every answer at once", "leave it out")
+    return tuple(values)
+
+
+def _token_ids(name: str, values: Any) -> tuple[int, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise ConfigError(f"{name} is {values!r}, expected a list of token ids")
+    for value in values:
+        _integer(f"an entry of {name}", value, 0)
+    return tuple(values)
+
+
+def _logit_bias(name: str, values: Any) -> None:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name} is {values!r}, expected a dictionary from token id to number")
+    for token_id, bias in values.items():
+        _integer(f"a token id of {name}", token_id, 0)
+        if bias != float("-inf"):  # which forbids the token
+            _within(f"{name}[{token_id}]", bias, -_LARGEST, _LARGEST)
+
+
+def _name(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} is {value!r}, expected a name such as CPU or GPU")
+
+
+def _path(name: str, value: Any) -> None:
+    if not isinstance(value, (str, os.PathLike)):
+        raise ConfigError(f"{name} is {value!r}, expected a folder")
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import openvino as ov
@@ -66,7 +67,7 @@ def compile_properties(
     if config.precision != "auto":
         properties["INFERENCE_PRECISION_HINT"] = config.precision
     if config.cache_dir:
-        properties["CACHE_DIR"] = config.cache_dir
+        properties["CACHE_DIR"] = os.fspath(config.cache_dir)
     if device.startswith("CPU"):
         properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = min(
             ACTIVATION_GROUP_SIZE, weight_group_size or ACTIVATION_GROUP_SIZE
