@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Passes text on up to the first occurrence of any stop string, wherever the pieces are cut.
+    """Passes text on up to the stop string that completes first, wherever the pieces are cut.
 
     Args:
         strings: Non-empty stop strings; none lets everything through at once.
@@ -24,10 +24,10 @@ class StopStrings:
         if self.is_found:
             return ""
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._strings) if at >= 0]
-        if found:
+        found = [(at + len(stop), at) for stop in self._strings if (at := self._held.find(stop)) >= 0]
+        if found:  # the first to complete: the only choice that does not depend on where the pieces were cut
             self.is_found = True
-            return self._release(min(found))
+            return self._release(min(found)[1])
         return self._release(len(self._held) - self._longest_beginning())
 
     def flush(self) -> str:
