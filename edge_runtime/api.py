@@ -15,10 +15,9 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from edge_runtime.config import GenerationConfig, LoadConfig
 from edge_runtime.devices import check_device
@@ -28,7 +27,9 @@ from edge_runtime.manifest import Manifest, load_manifest
 from edge_runtime.metrics import Metrics
 from edge_runtime.model import CachedModel
 from edge_runtime.stop import StopStrings
-from edge_runtime.tokenizer import Message, Tokenizer
+
+if TYPE_CHECKING:
+    from edge_runtime.tokenizer import Message, Tokenizer
 
 Prompt = str | Sequence[int]
 
@@ -97,13 +98,12 @@ class EdgeLLM:
         folder = Path(model)
         manifest = load_manifest(folder)
         draft_manifest = load_manifest(Path(draft)) if draft is not None else None
-        with ThreadPoolExecutor(1) as background:  # a large tokenizer takes as long to read as a small model to compile
-            tokenizer = background.submit(_load_tokenizer, folder, draft)
-            target = _load_model(folder, manifest, config.device, config)
-            drafting = None
-            if draft is not None and draft_manifest is not None:
-                drafting = _load_model(Path(draft), draft_manifest, config.draft_device or config.device, config)
-            return cls(Engine(target, drafting), tokenizer.result(), manifest, time.perf_counter() - started)
+        tokenizer = _TokenizerLoader(folder, draft)
+        target = _load_model(folder, manifest, config.device, config)
+        drafting = None
+        if draft is not None and draft_manifest is not None:
+            drafting = _load_model(Path(draft), draft_manifest, config.draft_device or config.device, config)
+        return cls(Engine(target, drafting), tokenizer.result(), manifest, time.perf_counter() - started)
 
     def generate(self, prompt: Prompt, **options: Any) -> GenerationResult:
         """Continue a prompt.
@@ -267,12 +267,37 @@ class TextStream:
             self._on_prefill(done, wanted)
 
 
+class _TokenizerLoader(threading.Thread):
+    """Reads the tokenizer while the models compile, which takes no longer than a small one's compilation."""
+
+    def __init__(self, folder: Path, draft: str | Path | None) -> None:
+        super().__init__(daemon=True)
+        self._folder, self._draft = folder, draft
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._tokenizer = _load_tokenizer(self._folder, self._draft)
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that asks for the result
+            self._error = error
+
+    def result(self) -> Tokenizer:
+        """Wait for the tokenizer; raise what reading it raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._tokenizer
+
+
 class _CancelledError(Exception):
     """Ends a request between two chunks of its prompt."""
 
 
 def _load_tokenizer(folder: Path, draft: str | Path | None) -> Tokenizer:
     """Return the target's tokenizer, once the draft's is known to be the same."""
+    from edge_runtime.tokenizer import Tokenizer
+
     tokenizer = Tokenizer(folder)
     if draft is not None:
         tokenizer.check_same_vocabulary(Tokenizer(Path(draft)))
