@@ -1,0 +1,183 @@
+"""Decoding a bandwidth-bound model, cell by cell against openvino_genai: int8 and int4, f32 and default precision.
+
+The model is Llama-shaped with 1.04 billion random parameters (16 layers, hidden 2048, 32 query and 8 KV heads). Cells:
+plain; a draft that is the target's twin (every token accepted, drafting as dear as the target); a useless draft (a
+small model with random weights). Each framework gets the same IR files, prompt and number of tokens, in turn, in one
+process; peak memory is measured in a process of its own.
+
+    python benchmarks/decode.py --json [--work-dir DIR]     (5 GB of disk; made once in DIR and kept)
+
+Roofline: a token reads every weight once, so it takes at least weight bytes / memory bandwidth. `roofline_ms` uses the
+bandwidth of a plain read of 1 GB by all cores, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import add_peer_tokenizer, interleave, machine, paired_ratio, report, spread
+
+PROMPT_IDS = list(range(100, 164))
+PRECISIONS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "f32": ({"precision": "f32"}, {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}),
+    "default": ({}, {}),
+}
+"""Name to EdgeLLM's options and to openvino_genai's properties."""
+TARGET = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+DRAFT = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2, "num_attention_heads": 8}
+TOKENS = {"plain": "none", "twin": "target", "useless": "draft"}
+"""Cell to the folder of its draft."""
+
+
+def make_source(folder: Path, sizes: dict[str, int], seed: int) -> Path:
+    """Write a Hugging Face Llama folder with random weights in bfloat16 and a real byte-level tokenizer."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from edge_export.quiet import hide_packages
+
+    hide_packages()
+    import torch
+    from tiny_models import make_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **sizes, num_key_value_heads=8, vocab_size=32000, max_position_embeddings=4096, tie_word_embeddings=True
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def make_models(folder: Path, weights: str) -> dict[str, Path]:
+    """Return the model folders of one weight format, exported unless they are there."""
+    from edge_export.convert import export_model
+
+    made = {}
+    for name, sizes, seed in (("target", TARGET, 0), ("draft", DRAFT, 1)):
+        made[name] = folder / f"{name}-{weights}"
+        if not made[name].is_dir():
+            source = folder / f"{name}-source"
+            export_model(source if source.is_dir() else make_source(source, sizes, seed), made[name], weights=weights)
+        add_peer_tokenizer(made[name])
+    return made
+
+
+def edge_cell(models: dict[str, Path], cell: str, precision: str, tokens: int) -> Callable[[], float]:
+    """Load with EdgeLLM; return a function that decodes once and returns ms per token."""
+    from edge_runtime import EdgeLLM
+
+    llm = EdgeLLM.load(models["target"], draft=models.get(TOKENS[cell]), **PRECISIONS[precision][0])
+    return lambda: llm.generate(PROMPT_IDS, max_new_tokens=tokens, ignore_eos=True).metrics.tpot_ms
+
+
+def peer_cell(models: dict[str, Path], cell: str, precision: str, tokens: int) -> Callable[[], float]:
+    """Load with openvino_genai; return a function that decodes once and returns ms per token."""
+    import openvino as ov
+    import openvino_genai
+
+    properties: dict[str, Any] = dict(PRECISIONS[precision][1])
+    draft = models.get(TOKENS[cell])
+    drafting = {"draft_model": openvino_genai.draft_model(str(draft), "CPU", **properties)} if draft else {}
+    pipeline = openvino_genai.LLMPipeline(str(models["target"]), "CPU", **drafting, **properties)
+    config = openvino_genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True, do_sample=False)
+    if draft:
+        config.num_assistant_tokens = 5  # its documented default
+    ids = np.array([PROMPT_IDS], np.int64)
+    inputs = openvino_genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
+    return lambda: _peer_ms(pipeline, inputs, config)
+
+
+def _peer_ms(pipeline: Any, inputs: Any, config: Any) -> float:
+    """Return ms per token after the first, by the wall clock: total minus its own time to the first token."""
+    begin = time.perf_counter()
+    result = pipeline.generate(inputs, config)
+    total = 1000 * (time.perf_counter() - begin)
+    return (total - result.perf_metrics.get_ttft().mean) / (len(result.tokens[0]) - 1)
+
+
+def peak_memory(framework: str, models: dict[str, Path], cell: str, precision: str, tokens: int) -> int:
+    """Return the peak resident bytes of a fresh process that loads and decodes once."""
+    call = f"{framework}_cell({ {k: str(v) for k, v in models.items()}!r}, {cell!r}, {precision!r}, {tokens})()"
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom decode import *\n{call}\n"
+        "from edge_runtime.metrics import peak_rss_bytes; print(peak_rss_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
+
+
+def read_bandwidth() -> float:
+    """Return bytes per second of a plain read of 1 GB by two threads for each core's share; the best of five."""
+    import os
+
+    shares = np.array_split(np.ones(1 << 27), os.cpu_count() or 1)
+    best = 0.0
+    with ThreadPoolExecutor(len(shares)) as threads:
+        for _ in range(5):
+            begin = time.perf_counter()
+            list(threads.map(np.max, shares))
+            best = max(best, 8 * (1 << 27) / (time.perf_counter() - begin))
+    return best
+
+
+def run_cell(models: dict[str, Path], cell: str, precision: str, tokens: int, rounds: int) -> dict[str, Any]:
+    """Measure one cell: both frameworks in turn."""
+    figures = interleave(
+        {
+            "edge_ms": edge_cell(models, cell, precision, tokens),
+            "peer_ms": peer_cell(models, cell, precision, tokens),
+        },
+        rounds,
+        warmup=1,
+    )
+    return {
+        "edge_ms": spread(figures["edge_ms"]),
+        "peer_ms": spread(figures["peer_ms"]),
+        "speedup": paired_ratio(figures["peer_ms"], figures["edge_ms"]),
+        "edge_peak_bytes": peak_memory("edge", models, cell, precision, tokens),
+        "peer_peak_bytes": peak_memory("peer", models, cell, precision, tokens),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--work-dir", type=Path, help="where models are made and kept; a temporary folder by default")
+    parser.add_argument("--weights", nargs="+", default=["int8", "int4"])
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
+    parser.add_argument("--cells", nargs="+", default=list(TOKENS), choices=list(TOKENS))
+    parser.add_argument("--tokens", type=int, default=48, help="tokens of each answer")
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds of each cell")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.work_dir or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        bandwidth = read_bandwidth()
+        result: dict[str, Any] = {"machine": machine(), "read_bandwidth_gb_s": bandwidth / 1e9}
+        checks: dict[str, bool] = {}
+        for weights in arguments.weights:
+            models = make_models(folder, weights)
+            roofline = (models["target"] / "openvino_model.bin").stat().st_size / bandwidth * 1000
+            for precision in arguments.precisions:
+                for cell in arguments.cells:
+                    name = f"{weights} {precision} {cell}"
+                    row = run_cell(models, cell, precision, arguments.tokens, arguments.rounds)
+                    result[name] = {**row, "roofline_ms": roofline}
+                    print(json.dumps({name: result[name]}), file=sys.stderr, flush=True)
+                    checks[f"{name}: at least the peer's tokens/s"] = row["speedup"].median >= 1
+                    checks[f"{name}: peak memory no higher"] = row["edge_peak_bytes"] <= row["peer_peak_bytes"]
+    return report(result, checks, arguments.json)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,86 @@
+"""What all benchmarks share: interleaved rounds, medians with spread, the machine, the peer's model folder.
+
+Ratios are only read within one run: every round runs each variant once, so a disturbance of the machine hits all.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Spread(NamedTuple):
+    """Median, 10th and 90th percentile of a variant's rounds."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+def interleave(variants: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Run every variant once a round, in turn; return their figures without the first `warmup` rounds."""
+    figures: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(warmup + rounds):
+        for name, run in variants.items():
+            figures[name].append(run())
+    return {name: values[warmup:] for name, values in figures.items()}
+
+
+def spread(values: list[float]) -> Spread:
+    """Return median, 10th and 90th percentile."""
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return Spread(statistics.median(values), tenths[0], tenths[-1])
+
+
+def paired_ratio(values: list[float], base: list[float]) -> Spread:
+    """Return the spread of round-by-round ratios."""
+    return spread([value / other for value, other in zip(values, base, strict=True)])
+
+
+def machine() -> dict[str, Any]:
+    """Return what a reader needs to know of the machine."""
+    import openvino as ov
+
+    core = ov.Core()
+    return {
+        "cpu": core.get_property("CPU", "FULL_DEVICE_NAME"),
+        "capabilities": core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "openvino": ov.__version__,
+    }
+
+
+def add_peer_tokenizer(folder: Path) -> None:
+    """Put the tokenizer files that openvino_genai wants beside our own; does nothing where they are."""
+    if (folder / "openvino_tokenizer.xml").is_file():
+        return
+    from edge_export.quiet import hide_packages
+
+    hide_packages()
+    import openvino as ov
+    from openvino_tokenizers import convert_tokenizer
+    from transformers import AutoTokenizer
+
+    tokenizer, detokenizer = convert_tokenizer(AutoTokenizer.from_pretrained(folder), with_detokenizer=True)
+    ov.save_model(tokenizer, folder / "openvino_tokenizer.xml")
+    ov.save_model(detokenizer, folder / "openvino_detokenizer.xml")
+
+
+def report(result: dict[str, Any], checks: Mapping[str, bool], as_json: bool) -> int:
+    """Print one JSON object or a readable list; return the exit code: 0 when every check holds.
+
+    The readable list goes to stderr in both cases, the object to stdout with `as_json`.
+    """
+    for name, value in result.items():
+        print(f"{name}: {json.dumps(value)}", file=sys.stderr)
+    for name, holds in checks.items():
+        print(f"{'holds' if holds else 'FAILS'}: {name}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({**result, "checks": dict(checks)}))
+    return 0 if all(checks.values()) else 1
