@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class PagedModel:
         self._request = self._compiled.create_infer_request()
         # On one thread the plugin runs in the caller's own; a hand-over to its thread would only add its wake-up time.
         is_inline = device == "CPU" and num_threads(config, weight_bytes) == 1
-        self._infer = self._request.infer if is_inline else self._start_and_wait
+        self._infer = partial(self._request.infer, share_outputs=True) if is_inline else self._start_and_wait
         names = {name for port in self._compiled.inputs for name in port.get_names()}
         self._has_positions = "position_ids" in names
         self._cache_ports = {name: self._compiled.input(name) for name in names if name.startswith(_CACHES)}
