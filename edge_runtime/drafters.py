@@ -53,8 +53,8 @@ class DraftModel:
         self._held = 0
 
     def start(self, prompt_ids: list[int]) -> None:
-        """Begin a new request: what the cache holds of the prompt is found at the first draft."""
-        self._held = 0
+        """Begin a new request; earlier turns of a chat are held already."""
+        self._held = self._cached.shared(prompt_ids)
 
     def lag(self, num_tokens: int) -> int:
         """Return how many tokens of a sequence of `num_tokens` the draft has not read yet."""

@@ -73,20 +73,22 @@ class CachedModel:
             del self._ids[num_tokens:]
             self.model.rollback(num_tokens)
 
-    def align(self, token_ids: list[int], start: int = 0) -> int:
-        """Forget all that does not start `token_ids`.
+    def shared(self, token_ids: list[int], start: int = 0) -> int:
+        """Return how many leading tokens of `token_ids` are held already.
 
         Args:
             token_ids: The sequence that is to be continued; at least its last token is left to be fed.
-            start: Tokens known to be equal already.
-
-        Returns:
-            How many leading tokens of `token_ids` are held now.
+            start: Tokens known to be equal.
         """
         limit = min(len(self._ids), len(token_ids) - 1)
         same = min(start, limit)
         while same < limit and self._ids[same] == token_ids[same]:
             same += 1
+        return same
+
+    def align(self, token_ids: list[int], start: int = 0) -> int:
+        """Forget all that does not start `token_ids`; return what `shared` does."""
+        same = self.shared(token_ids, start)
         self.rollback(same)
         return same
 
