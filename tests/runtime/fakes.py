@@ -68,7 +68,8 @@ class TableModel:
         self.num_forwards += 1
         self._ids += token_ids
         assert len(self._ids) <= self.context_length, "the engine overran the context"
-        ids = [0, *self._ids]
+        # An id beyond the vocabulary, from a wider target, reads some row: OpenVINO's Gather reads zeros.
+        ids = np.minimum([0, *self._ids], self.vocab_size - 1)
         first = len(ids) - num_rows
         self._rows = self._table[ids[first - 1 : -1], ids[first:]]
         return self._rows

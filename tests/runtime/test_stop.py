@@ -41,7 +41,7 @@ def cut(text: str, chooser: random.Random) -> list[str]:
     ],
 )
 def test_text_ends_before_the_first_stop_string_to_complete(text, stops, wanted):
-    """Whole, letter by letter, and cut at random: with `abcd` and `b`, letters used to stop at `b`, the whole at `a`."""
+    """Whole, letter by letter, and cut at random: the earliest to begin is not always the first to complete."""
     chooser = random.Random(text)
     for pieces in ([text], list(text), *(cut(text, chooser) for _ in range(50))):
         assert shown(pieces, *stops) == wanted

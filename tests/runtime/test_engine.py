@@ -1,0 +1,252 @@
+"""The decode loop over fake models: whatever is drafted, the tokens are those of plain decoding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edge_runtime.config import GenerationConfig
+from edge_runtime.errors import ConfigError, ContextOverflowError
+from edge_runtime.metrics import Metrics
+from tests.runtime.fakes import blended_table, generate, make_engine, random_table, run
+
+V = 24
+TARGET = random_table(V, 1)
+DRAFTS = {
+    "random": random_table(V, 2),
+    "target itself": TARGET,
+    "half right": blended_table(TARGET, random_table(V, 2), 0.4),
+    "shuffled vocabulary": TARGET[..., np.random.default_rng(3).permutation(V)],
+    "constant": np.zeros_like(TARGET),
+    "narrower": TARGET[: V - 3, : V - 3, : V - 3],
+    "wider": np.pad(TARGET, ((0, 5), (0, 5), (0, 5)), constant_values=9.0),
+}
+PROMPT = [3, 1, 4, 1, 5]
+LOOPING = [2, 7, 1, 8] * 6
+PENALTIES = {
+    "none": {},
+    "repetition": {"repetition_penalty": 1.3},
+    "presence and frequency": {"presence_penalty": 0.6, "frequency_penalty": 0.3},
+    "bias": {"logit_bias": {5: 2.0, 9: float("-inf"), 11: -4.0}},
+    "all": {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.2, "logit_bias": {5: 2.0}},
+}
+LENGTHS = [1, 3, 5, 8, "auto"]
+
+
+def plain(prompt=PROMPT, stop=(), **options) -> list[int]:
+    """Return what the target says on its own."""
+    return run(make_engine(TARGET), prompt, stop, num_draft_tokens=0, **options)
+
+
+@pytest.mark.parametrize("num_draft_tokens", LENGTHS)
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_greedy_speculative_equals_greedy(draft, num_draft_tokens):
+    """Lengths of the answer around block ends, where an off-by-one shows."""
+    for length in (1, 2, 3, 9, 10, 60):
+        engine = make_engine(TARGET, DRAFTS[draft])
+        options = {"max_new_tokens": length, "num_draft_tokens": num_draft_tokens}
+        assert run(engine, PROMPT, **options) == plain(max_new_tokens=length)
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+@pytest.mark.parametrize("num_draft_tokens", [1, 4, "auto"])
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_penalties_and_bias_do_not_break_equality(penalty, num_draft_tokens, lookup):
+    """A draft token counts for those drafted after it, and no longer once it is rejected."""
+    for draft in ("half right", "random", "target itself"):
+        engine = make_engine(TARGET, DRAFTS[draft])
+        options = PENALTIES[penalty] | {"num_draft_tokens": num_draft_tokens, "lookup": lookup}
+        assert run(engine, LOOPING, max_new_tokens=60, **options) == plain(
+            LOOPING, max_new_tokens=60, **PENALTIES[penalty]
+        )
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 2, 5, 8, "auto"])
+@pytest.mark.parametrize("draft", [None, *DRAFTS])
+def test_prompt_lookup_equals_greedy(draft, num_draft_tokens):
+    """Alone and before a draft model, in an answer that loops and so is copied most of the time."""
+    engine = make_engine(TARGET, None if draft is None else DRAFTS[draft])
+    metrics = Metrics()
+    options = {"max_new_tokens": 200, "num_draft_tokens": num_draft_tokens, "lookup": True}
+    assert run(engine, LOOPING, metrics=metrics, **options) == plain(LOOPING, max_new_tokens=200)
+    assert metrics.accepted_tokens > 0
+
+
+def test_every_stop_token_ends_at_the_same_place():
+    """openvino.genai's stateful path looks only at a block's last token: a stop token before it leaves a tail."""
+    text = plain(max_new_tokens=60)
+    assert len(set(text)) > 5
+    for stop in set(text):
+        wanted = text[: text.index(stop)]
+        for num_draft_tokens in (0, 1, 3, 8):
+            for draft in ("target itself", "half right"):
+                engine = make_engine(TARGET, DRAFTS[draft])
+                options = {"max_new_tokens": 60, "num_draft_tokens": num_draft_tokens}
+                assert run(engine, PROMPT, [stop, V + 7], **options) == wanted
+
+
+def test_stop_token_as_first_token_gives_an_empty_answer():
+    engine = make_engine(TARGET, TARGET)
+    metrics = Metrics()
+    assert run(engine, PROMPT, plain(max_new_tokens=1), metrics) == []
+    assert (metrics.new_tokens, metrics.target_forwards) == (0, 0)
+
+
+@pytest.mark.parametrize("draft", ["target itself", "half right", "random"])
+def test_abandoned_request_leaves_nothing_to_repair(draft):
+    """After any number of tokens, on one engine: both caches must forget what the next request does not share."""
+    engine = make_engine(TARGET, DRAFTS[draft])
+    wanted = {tuple(prompt): plain(prompt) for prompt in (PROMPT, PROMPT[:3], [*PROMPT, 2, 2, 9])}
+    config = GenerationConfig(max_new_tokens=40, num_draft_tokens=4)
+    for taken in range(1, 20):
+        for prompt in wanted:
+            stream = generate(engine, prompt, config, (), None)
+            assert [next(stream).token_id for _ in range(taken)] == wanted[prompt][:taken]
+            stream.close()
+    for prompt, text in wanted.items():
+        assert run(engine, prompt, num_draft_tokens=4) == text
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 500])
+def test_prefill_chunks_do_not_change_the_answer(chunk_size):
+    prompt = np.random.default_rng(4).integers(0, V, 50).tolist()
+    engine = make_engine(TARGET, DRAFTS["half right"], chunk_size=chunk_size)
+    assert run(engine, prompt, num_draft_tokens=3) == plain(prompt)
+
+
+def test_prefill_reports_its_progress_and_can_be_cancelled():
+    """A cancel takes effect within one chunk, and the next request goes on from there."""
+
+    class StopError(Exception):
+        pass
+
+    engine = make_engine(TARGET, chunk_size=10)
+    prompt = np.random.default_rng(4).integers(0, V, 35).tolist()
+    seen: list[tuple[int, int]] = []
+
+    def on_chunk(done: int, wanted: int) -> None:
+        seen.append((done, wanted))
+        if done == 20:
+            raise StopError
+
+    with pytest.raises(StopError):
+        next(engine.generate(prompt, GenerationConfig(), (), None, on_chunk))
+    assert seen == [(0, 35), (10, 35), (20, 35)]
+    metrics = Metrics()
+    assert run(engine, prompt, metrics=metrics) == plain(prompt)
+    assert metrics.reused_tokens == 20
+
+
+def test_chat_turns_reuse_what_they_share():
+    """The answer's last token was never fed, so it is the first to be computed."""
+    engine = make_engine(TARGET, DRAFTS["half right"])
+    first = run(engine, PROMPT, num_draft_tokens=4)
+    turn = [*PROMPT, *first, 6, 6]
+    metrics = Metrics()
+    assert run(engine, turn, metrics=metrics, num_draft_tokens=4) == plain(turn)
+    assert metrics.reused_tokens == len(PROMPT) + len(first) - 1
+    assert metrics.prompt_tokens == len(turn)
+    edited = [*turn[:8], 0, *turn[9:]]
+    assert edited != turn
+    metrics = Metrics()
+    assert run(engine, edited, metrics=metrics, num_draft_tokens=4) == plain(edited)
+    assert metrics.reused_tokens == 8
+
+
+def test_same_prompt_again_computes_only_its_last_token():
+    engine = make_engine(TARGET)
+    run(engine, PROMPT)
+    before, metrics = engine.target.model.num_forwards, Metrics()
+    run(engine, PROMPT, metrics=metrics, max_new_tokens=1)
+    assert metrics.reused_tokens == len(PROMPT) - 1
+    assert engine.target.model.num_forwards == before + 1
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 1, 5, 8, "auto"])
+@pytest.mark.parametrize("draft", ["target itself", "random"])
+def test_context_end_is_reached_and_not_overrun(draft, num_draft_tokens):
+    """The fake fails when a forward goes beyond the context; every token that fits must come."""
+    for context_length in range(6, 40):
+        engine = make_engine(TARGET, DRAFTS[draft], context_length=context_length, draft_context_length=context_length)
+        made = run(engine, PROMPT, max_new_tokens=100, num_draft_tokens=num_draft_tokens)
+        assert made == plain(max_new_tokens=100)[: context_length - len(PROMPT)]
+
+
+def test_shorter_draft_context_stops_drafting_only():
+    """Beyond the draft's context the target goes on alone."""
+    for context_length in range(2, 30):
+        engine = make_engine(TARGET, TARGET, draft_context_length=context_length)
+        assert run(engine, PROMPT, num_draft_tokens=4) == plain()
+
+
+def test_one_token_is_not_drafted_for():
+    """With max_new_tokens=1 the draft has nothing to do, not even to read the prompt."""
+    engine = make_engine(TARGET, TARGET)
+    metrics = Metrics()
+    assert run(engine, PROMPT, metrics=metrics, max_new_tokens=1, num_draft_tokens=8) == plain(max_new_tokens=1)
+    assert (metrics.target_forwards, metrics.proposed_tokens) == (0, 0)
+    assert engine._draft.drafter._cached.model.num_forwards == 0
+
+
+def test_perfect_draft_is_accepted_entirely():
+    metrics = Metrics()
+    run(make_engine(TARGET, TARGET), PROMPT, metrics=metrics, max_new_tokens=46, num_draft_tokens=4)
+    assert metrics.acceptance_rate == 1.0
+    assert metrics.block_efficiency == 5.0
+    assert (metrics.new_tokens, metrics.target_forwards) == (46, 9)
+
+
+def test_no_draft_costs_nothing():
+    """Plain decoding is one target forward a token, with the draft not touched."""
+    engine = make_engine(TARGET, TARGET)
+    run(engine, PROMPT, num_draft_tokens=0, max_new_tokens=20, lookup=True)
+    assert engine.target.model.num_forwards == 20
+    assert engine._draft.drafter._cached.model.num_forwards == 0
+
+
+def test_drafted_tokens_are_marked():
+    """Interfaces colour them."""
+    config = GenerationConfig(max_new_tokens=11, num_draft_tokens=4)
+    marks = [token.is_drafted for token in generate(make_engine(TARGET, TARGET), PROMPT, config, (), None)]
+    assert marks == [False, *([True] * 4 + [False]) * 2]
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+def test_logprobs_belong_to_their_token(num_draft_tokens):
+    """Under speculation the rows of a whole block are read; the fake's rows become NaN at its next forward."""
+    from scipy.special import log_softmax
+
+    engine = make_engine(TARGET, DRAFTS["half right"])
+    config = GenerationConfig(max_new_tokens=30, num_draft_tokens=num_draft_tokens, logprobs=3, repetition_penalty=1.3)
+    ids = [*PROMPT]
+    for token in generate(engine, PROMPT, config, (), None):
+        row = log_softmax(TARGET[ids[-2], ids[-1]].astype(np.float64))
+        assert token.logprob == pytest.approx(row[token.token_id])
+        assert [value for _, value in token.top_logprobs] == pytest.approx(np.sort(row)[::-1][:3])
+        ids.append(token.token_id)
+
+
+def test_prompt_is_refused_where_no_answer_fits():
+    engine = make_engine(TARGET, context_length=10)
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        run(engine, [])
+    with pytest.raises(ContextOverflowError, match="the prompt has 10 tokens, the model's context holds 10"):
+        run(engine, [1] * 10)
+    assert len(run(engine, [1] * 9, max_new_tokens=5)) == 1
+
+
+def test_failing_forward_leaves_the_engine_usable():
+    """A device error in the middle of a request must not leave tokens counted that were never computed."""
+    engine = make_engine(TARGET, DRAFTS["half right"])
+    for failing_at in range(1, 12):
+        calls = iter(range(1, 1000))
+
+        def fail(token_ids: list[int], calls=calls, failing_at=failing_at) -> None:
+            if next(calls) == failing_at:
+                raise RuntimeError("device lost")
+
+        engine.target.model.on_forward = fail
+        with pytest.raises(RuntimeError, match="device lost"):
+            run(engine, [*PROMPT, failing_at], num_draft_tokens=2)
+        engine.target.model.on_forward = lambda token_ids: None
+        assert run(engine, PROMPT, num_draft_tokens=2) == plain()
