@@ -7,7 +7,6 @@ suggest the nearest; a value that cannot be honoured raises; nothing is adjusted
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -32,6 +31,8 @@ class _Options:
         known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for name in options:
             if name not in known:
+                import difflib
+
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean `{near[0]}`?" if near else f"known options: {', '.join(known)}"
                 raise ConfigError(f"unknown option `{name}`", hint)

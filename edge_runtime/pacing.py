@@ -14,7 +14,7 @@ promising K is tried and then known. What is learned is kept from one request to
 from __future__ import annotations
 
 from collections import deque
-from statistics import median
+from collections.abc import Iterable
 
 MAX_LOSS = 0.02
 """Share of time that probing may cost while drafting does not pay."""
@@ -169,3 +169,9 @@ class Pacing:
                 self._accepted.append(0.0)
             self._drafted[position] = self._drafted[position] * decay + 1
             self._accepted[position] = self._accepted[position] * decay + (position < num_accepted)
+
+
+def median(samples: Iterable[float]) -> float:
+    """Return the middle sample, the upper one of two."""
+    ordered = sorted(samples)
+    return ordered[len(ordered) // 2]
