@@ -18,6 +18,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
+import ov_kernels
 from edge_runtime.config import LoadConfig
 from edge_runtime.devices import compile_properties, core, num_threads
 from edge_runtime.errors import ContextOverflowError, DeviceError, ModelFormatError
@@ -215,6 +216,8 @@ class PagedModel:
 
 
 _CACHES = ("key_cache.", "value_cache.")
+OUR_OPSET = b'version="edge"'
+"""How an IR marks an op of ov_kernels."""
 
 
 def read_model(folder: Path) -> tuple[ov.Model, int]:
@@ -222,15 +225,18 @@ def read_model(folder: Path) -> tuple[ov.Model, int]:
 
     Raises:
         ModelFormatError: The files are missing, truncated or corrupt.
+        ExtensionError: The model uses an op that the installed ov_kernels lacks.
     """
     path = folder / MODEL_NAME
     weights = path.with_suffix(".bin")
     if not weights.is_file():
         raise ModelFormatError(f"`{weights}` is missing", "copy or export the model again")
     try:
+        if OUR_OPSET in path.read_bytes():
+            ov_kernels.add_to(core(), required=True)
         return core().read_model(path), weights.stat().st_size
     except RuntimeError as error:
-        raise ModelFormatError(
+        raise ov_kernels.explain_read_error(error) or ModelFormatError(
             f"`{path}` cannot be read: {first_line(error)}", "copy or export the model again"
         ) from error
 
