@@ -1,46 +1,245 @@
-"""A Hugging Face checkpoint becomes a folder that `edge_runtime` loads."""
+"""A checkpoint or ONNX file becomes a folder that `edge_runtime` loads.
+
+    report = export_model("checkpoint-folder", Path("model"), weights="int4")
+
+Five stages: read, convert (to a stateful graph with one attention op per layer), compress, verify (against the source,
+through the runtime's own loader), write. The folder appears at the end, or not at all.
+
+Not here: how each architecture is traced (optimum-intel) and how weights are rounded (NNCF).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+import edge_runtime
+from edge_export import compress, onnx_source, torch_source, verify
 from edge_export.quiet import quiet
-from edge_runtime.manifest import MODEL_NAME, Manifest, read_json
+from edge_export.sources import Source, open_source, unsupported
+from edge_export.staging import check_free_disk, check_output, staged
+from edge_export.tokenizer_files import save_tokenizer
+from edge_export.verify import Verification
+from edge_runtime.errors import ConfigError, EdgeError, ExportError
+from edge_runtime.manifest import MODEL_NAME, Manifest, load_manifest
+from edge_runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+STAGES = ("read", "convert", "compress", "verify", "write")
+Progress = Callable[[str, int, int], None]
+"""Called as each stage begins: its name, how many stages are done, how many there are."""
+
+_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.1, "int4": 0.8}
+_MADE_WITH = ("openvino", "optimum-intel", "transformers", "torch", "nncf")
 
 
-def export_model(source: str | Path, output: Path, *, weights: str = "int8") -> None:
-    """Convert `source` into the model folder `output`."""
-    source = Path(source)
-    with quiet():
-        import openvino as ov
-        from optimum.exporters.openvino import model_configs
-        from optimum.exporters.openvino.convert import export_from_model
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What was made.
 
-        model_configs.GemmaOpenVINOConfig.MAX_TRANSFORMERS_VERSION = None
-        work = output.with_name(output.name + ".work")
-        model = AutoModelForCausalLM.from_pretrained(source)
-        export_from_model(model, work, task="text-generation-with-past", stateful=True, preprocessors=[])
-        ir = ov.Core().read_model(work / MODEL_NAME)
-        del ir.get_rt_info()["runtime_options"]
-        output.mkdir(parents=True)
-        ov.save_model(ir, output / MODEL_NAME, compress_to_fp16=weights == "fp16")
-        AutoTokenizer.from_pretrained(source).save_pretrained(output)
-    del ir
-    shutil.rmtree(work)
-    for name in ("config.json", "generation_config.json"):
-        shutil.copy(source / name, output / name)
-    config = read_json(source / "config.json")
-    Manifest(
-        architecture=config["model_type"],
-        context_length=config.get("max_position_embeddings") or config.get("n_positions"),
-        vocab_size=config["vocab_size"],
-        eos_token_ids=(config["eos_token_id"],),
-        bos_token_id=config.get("bos_token_id"),
+    Attributes:
+        output: The model folder.
+        manifest: Its edge_model.json.
+        num_bytes: Of all its files.
+        verification: How it compares with its source.
+    """
+
+    output: Path
+    manifest: Manifest
+    num_bytes: int
+    verification: Verification
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Converted:
+    """The graph before compression, and what it is to be compared with."""
+
+    model: ov.Model
+    token_ids: NDArray[np.int64]
+    reference: NDArray[np.float32]
+    num_parameters: int
+
+
+def export_model(
+    source: str | Path,
+    output: str | Path,
+    *,
+    weights: str = "int8",
+    group_size: int = 128,
+    symmetric: bool = False,
+    calibration_text: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Convert a causal language model into a model folder.
+
+    Args:
+        source: A Hugging Face folder or hub id, or an ONNX file or folder with config.json and tokenizer beside it.
+        output: The folder to make.
+        weights: `fp32`, `fp16`, `int8` or `int4`.
+        group_size: Weights that share a scale, with int4; -1 for whole output channels.
+        symmetric: No zero points in int8 and int4: somewhat less exact, but what NPUs run.
+        calibration_text: A text like what the model will read; int4 weights are then fitted to its activations.
+        overwrite: Replace a folder that exists.
+        progress: Called as each stage begins.
+
+    Raises:
+        ConfigError: An option has a value that cannot be used, or the output exists.
+        ExportError: The source cannot be converted, or the result differs from it.
+        DownloadError: `source` is a hub id and the hub does not give it out.
+    """
+    output = Path(output)
+    compress.check_options(weights, group_size, symmetric=symmetric, calibrated=calibration_text is not None)
+    check_output(output, overwrite=overwrite)
+
+    def stage(name: str) -> AbstractContextManager[None]:
+        if progress:
+            progress(name, STAGES.index(name), len(STAGES))
+        return quiet()
+
+    with _one_line_errors(str(source)), staged(output, overwrite=overwrite) as folder:
+        with stage("read"):
+            origin = open_source(source)
+            _check_apart(origin, output)
+            check_free_disk(output, _disk_bytes(origin, weights))
+            config = _load_config(origin)
+            tokenizer = save_tokenizer(origin, folder)
+            _save_configs(origin, config, folder)
+            windows = _calibration_windows(calibration_text, tokenizer, config)
+        with stage("convert"):
+            token_ids = verify.prompt_ids(tokenizer, _context_length(config))
+            converted = _convert(origin, weights, token_ids, folder / "work")
+            verify.check_windows(converted.model, config)
+        with stage("compress"):
+            model = _compressed(converted.model, weights, group_size, symmetric, windows)
+            _save_ir(model, folder)
+            manifest = _manifest(folder, origin, config, converted, weights, group_size)
+            manifest.save(folder)
+        with stage("verify"):
+            verification = verify.verify_logits(folder, manifest, converted.token_ids, converted.reference)
+        with stage("write"):
+            del converted
+            shutil.rmtree(folder / "work", ignore_errors=True)
+            num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    return ExportReport(output=output, manifest=manifest, num_bytes=num_bytes, verification=verification)
+
+
+@contextlib.contextmanager
+def _one_line_errors(source: str) -> Iterator[None]:
+    """Turn whatever the libraries raise into an ExportError; the original stays attached for `--debug`."""
+    try:
+        yield
+    except EdgeError:
+        raise
+    except Exception as error:  # torch, optimum, nncf and openvino raise bare exceptions of every kind
+        if isinstance(error, MemoryError) or "allocate memory" in str(error) or "bad alloc" in str(error):
+            raise ExportError(f"not enough memory to export `{source}`", "close other programs") from error
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExportError(f"`{source}` cannot be exported: {told[-1]}", "`--debug` shows where it failed") from error
+
+
+def _check_apart(source: Source, output: Path) -> None:
+    """Refuse an output that holds the source: overwriting would delete it."""
+    place, target = source.folder.resolve(), output.resolve()
+    if place == target or target in place.parents:
+        raise ConfigError(f"output `{output}` holds the source `{source.folder}`", "give another folder")
+
+
+def _disk_bytes(source: Source, weights: str) -> int:
+    """Estimate the bytes of the finished folder and of the uncompressed graph that is kept until the end."""
+    stored = 2 if source.is_sixteen_bit else 4
+    graph = 0.0 if source.onnx else 4.0 if weights == "fp32" else stored
+    return int(source.weight_bytes / stored * (graph + _BYTES_PER_WEIGHT[weights]))
+
+
+def _load_config(source: Source) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise unsupported(source) from error
+
+
+def _save_configs(source: Source, config: Any, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    shutil.copyfile(source.folder / "config.json", folder / "config.json")
+    if (source.folder / "generation_config.json").is_file():
+        shutil.copyfile(source.folder / "generation_config.json", folder / "generation_config.json")
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def _context_length(config: Any) -> int | None:
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _calibration_windows(text: Path | None, tokenizer: Tokenizer, config: Any) -> list[list[int]]:
+    if text is None:
+        return []
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"calibration_text `{text}` cannot be read: {error}", "give a UTF-8 text file") from error
+    return compress.calibration_windows(tokenizer.encode(content), _context_length(config))
+
+
+def _convert(source: Source, weights: str, token_ids: NDArray[np.int64], work: Path) -> _Converted:
+    if source.onnx:
+        model = onnx_source.load(source)
+        count = onnx_source.num_parameters(source)
+        reference = onnx_source.reference_logits(model, token_ids)
+        onnx_source.to_stateful(model)
+    else:
+        torch_source.check_supported(source)
+        checkpoint = torch_source.load(source, weights)
+        count = torch_source.num_parameters(checkpoint)
+        reference = torch_source.reference_logits(checkpoint, token_ids)
+        model = torch_source.to_ir(checkpoint, work, weights)
+    if model.has_rt_info("runtime_options"):
+        # optimum writes KV_CACHE_PRECISION=f16 here, which would override the plugin's and the user's choice.
+        del model.get_rt_info()["runtime_options"]
+    return _Converted(model=model, token_ids=token_ids, reference=reference, num_parameters=count)
+
+
+def _compressed(model: ov.Model, weights: str, group_size: int, symmetric: bool, windows: list[list[int]]) -> ov.Model:
+    if weights == "fp32":
+        return model
+    if weights == "fp16":
+        return compress.halve(model)
+    return compress.compress(model, weights, group_size, symmetric=symmetric, windows=windows)
+
+
+def _save_ir(model: ov.Model, folder: Path) -> None:
+    import openvino as ov
+
+    ov.save_model(model, folder / MODEL_NAME, compress_to_fp16=False)
+
+
+def _manifest(
+    folder: Path, source: Source, config: Any, converted: _Converted, weights: str, group_size: int
+) -> Manifest:
+    """Say what the runtime must know: tokens that end an answer as it reads them itself, and what only we know."""
+    return dataclasses.replace(
+        load_manifest(folder),
+        context_length=_context_length(config),
+        vocab_size=int(converted.reference.shape[-1]),
         weights=weights,
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        group_size=group_size if weights == "int4" else None,
+        num_parameters=converted.num_parameters,
         source=source.name,
-        versions={"openvino": version("openvino")},
-    ).save(output)
+        versions={"edge-runtime": edge_runtime.__version__, **{name: version(name) for name in _MADE_WITH}},
+    )

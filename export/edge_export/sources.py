@@ -1,0 +1,163 @@
+"""What can be exported: a Hugging Face folder or hub id, or an ONNX file or folder.
+
+`open_source` answers where the files are and what the model says about itself, and refuses early, before torch is
+imported and gigabytes are read, what cannot become a language model folder.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import DownloadError, ExportError
+from edge_runtime.manifest import MODEL_NAME, read_json
+
+VERIFIED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2")
+"""`model_type`s that the tests hold equal to PyTorch; others that optimum-intel knows are tried."""
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_SIXTEEN_BIT = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model to be exported.
+
+    Attributes:
+        name: Folder name, file name or hub id, for reports and the manifest.
+        folder: Holds config.json and the tokenizer.
+        onnx: The ONNX file; None for a PyTorch checkpoint.
+        config: The content of config.json.
+    """
+
+    name: str
+    folder: Path
+    onnx: Path | None
+    config: dict[str, Any]
+
+    @property
+    def model_type(self) -> str:
+        """Hugging Face name of the architecture, such as `llama`."""
+        return str(self.config["model_type"])
+
+    @property
+    def is_sixteen_bit(self) -> bool:
+        """Whether the checkpoint says that its weights are 16-bit floats."""
+        return str(self.config.get("dtype") or self.config.get("torch_dtype")).removeprefix("torch.") in _SIXTEEN_BIT
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weight files."""
+        if self.onnx:
+            beside = [path for path in self.onnx.parent.glob(f"{self.onnx.name}*") if path.is_file()]
+            return sum(path.stat().st_size for path in beside)
+        files = next((found for pattern in _WEIGHTS if (found := list(self.folder.glob(pattern)))), [])
+        return sum(path.stat().st_size for path in files)
+
+
+def open_source(source: str | Path) -> Source:
+    """Find the files of a model, downloading them if `source` is a hub id.
+
+    Raises:
+        ExportError: There is no model there, or not one that can be exported.
+        DownloadError: The hub cannot be reached, has no such model or does not give it out.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".onnx":
+        return _onnx_source(path, path.name)
+    if path.is_file():
+        raise ExportError(f"`{path}` is a {path.suffix or 'plain'} file, expected a model folder or a .onnx file")
+    if path.is_dir():
+        return _folder_source(path, path.resolve().name)
+    if not _HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
+        raise ExportError(
+            f"`{source}` does not exist", "give a model folder, a .onnx file or a hub id such as ORG/NAME"
+        )
+    return _folder_source(_download(str(source)), str(source))
+
+
+def _folder_source(folder: Path, name: str) -> Source:
+    if (folder / MODEL_NAME).is_file():
+        raise ExportError(f"`{folder}` is an OpenVINO model folder already", f"run it: `edge-run {folder} PROMPT`")
+    has_checkpoint = any(list(folder.glob(pattern)) for pattern in _WEIGHTS)
+    if not has_checkpoint and (file := _find_onnx(folder)):
+        return _onnx_source(file, name)
+    config = _read_config(folder)
+    if not has_checkpoint:
+        raise ExportError(
+            f"`{folder}` holds no weights", f"expected {' or '.join(_WEIGHTS)} or model.onnx beside config.json"
+        )
+    return Source(name=name, folder=folder, onnx=None, config=config)
+
+
+def _onnx_source(file: Path, name: str) -> Source:
+    # Hub repositories often keep the ONNX file in a subfolder and all else above it.
+    folder = next((place for place in (file.parent, file.parent.parent) if (place / "config.json").is_file()), None)
+    return Source(name=name, folder=folder or file.parent, onnx=file, config=_read_config(folder or file.parent))
+
+
+def _find_onnx(folder: Path) -> Path | None:
+    for place in (folder, folder / "onnx"):
+        if (place / "model.onnx").is_file():
+            return place / "model.onnx"
+    files = sorted(folder.glob("*.onnx"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ExportError(f"`{folder}` holds several ONNX files: {names}", "name the file to export")
+    return files[0] if files else None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise ExportError(f"`{folder}` holds no config.json", "copy it from the original model")
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ExportError(f"`{folder / 'config.json'}` names no model_type, expected one of {_families()}")
+    if config.get("is_encoder_decoder"):
+        raise ExportError(f"`{kind}` is an encoder-decoder model, expected a decoder such as {_families()}")
+    if "vision_config" in config or "audio_config" in config:
+        raise ExportError(f"`{kind}` takes images or sound, expected a model of text alone such as {_families()}")
+    return config
+
+
+def unsupported(source: Source) -> ExportError:
+    """Return the error for an architecture that no exporter knows."""
+    return ExportError(
+        f"model_type `{source.model_type}` is not supported, expected {_families()} or another decoder "
+        "that optimum-intel exports",
+        "the list is in models.md",
+    )
+
+
+def _families() -> str:
+    return ", ".join(VERIFIED_FAMILIES)
+
+
+def _download(hub_id: str) -> Path:
+    """Return the local copy of a hub model: files of the top folder only, and safetensors rather than pickles."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+
+    try:
+        folder = fetch(*_TEXT_FILES, _WEIGHTS[0])
+        return folder if list(folder.glob(_WEIGHTS[0])) else fetch(*_TEXT_FILES, _WEIGHTS[1])
+    except GatedRepoError as error:
+        raise DownloadError(
+            f"`{hub_id}` is given out only to users who accepted its licence",
+            "accept it on the model's page and log in with `hf auth login`",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise DownloadError(f"the hub has no model `{hub_id}`, nor is there such a folder") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise DownloadError(
+            f"`{hub_id}` is no folder here, and the model hub cannot be reached",
+            "check the network, or give the path of a folder",
+        ) from error

@@ -1,0 +1,136 @@
+"""A Hugging Face checkpoint to reference logits and a stateful OpenVINO graph, through optimum-intel's exporter.
+
+The checkpoint stays in its own precision: weights in 16 bits are half the memory and lose nothing that the model had.
+Only the reference is computed in f32, one layer at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_export.sources import Source, unsupported
+from edge_runtime.devices import core
+from edge_runtime.errors import ExportError
+from edge_runtime.manifest import MODEL_NAME
+
+if TYPE_CHECKING:
+    import openvino as ov
+    import torch
+
+TASK = "text-generation-with-past"
+
+
+def check_supported(source: Source) -> None:
+    """Raise ExportError unless optimum-intel has an exporter for this architecture as a decoder with KV cache."""
+    from optimum.exporters.openvino import model_configs
+    from optimum.exporters.tasks import TasksManager
+
+    # optimum-intel 2.2 stops at transformers 5.0 here; our tests hold Gemma 2 and 3 equal to PyTorch with 5.5.
+    model_configs.GemmaOpenVINOConfig.MAX_TRANSFORMERS_VERSION = None
+    try:
+        tasks = TasksManager.get_supported_tasks_for_model_type(
+            source.model_type, exporter="openvino", library_name="transformers"
+        )
+    except KeyError as error:
+        raise unsupported(source) from error
+    if TASK not in tasks:
+        raise unsupported(source)
+
+
+def load(source: Source, weights: str) -> Any:
+    """Load the model in its own precision, or in f32 where that is wanted.
+
+    Raises:
+        ExportError: The weights are damaged, incomplete, or need code that came with them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = "float32" if weights == "fp32" else "auto"
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # safetensors, torch and transformers raise bare exceptions of many kinds
+        raise ExportError(
+            f"the weights in `{source.folder}` cannot be read: {str(error).splitlines()[0]}",
+            "copy or download the model again; a model that needs code of its own cannot be exported",
+        ) from error
+    if info["missing_keys"]:
+        raise ExportError(
+            f"the weights in `{source.folder}` lack {len(info['missing_keys'])} tensors, such as "
+            f"{sorted(info['missing_keys'])[0]}",
+            "copy or download the model again",
+        )
+    return model.eval()
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """Return the number of weights, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def reference_logits(model: torch.nn.Module, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return (B, T, V) logits of (B, T) token ids, computed in f32 whatever the weights are stored in."""
+    import torch
+
+    with torch.no_grad(), _float32_arithmetic(model):
+        logits: NDArray[np.float32] = model(torch.from_numpy(token_ids), use_cache=False).logits.float().numpy()
+    return logits
+
+
+def to_ir(model: torch.nn.Module, work: Path, weights: str) -> ov.Model:
+    """Convert the model, which is consumed; `work` takes the files that the result maps, until it is released."""
+    import torch
+    from optimum.exporters.openvino.convert import export_from_model
+
+    if weights == "fp16":
+        _halve(model)
+    has_sixteen_bit = any(value.dtype in (torch.float16, torch.bfloat16) for value in model.parameters())
+    export_from_model(model, work, task=TASK, stateful=True, preprocessors=[], patch_16bit_model=has_sixteen_bit)
+    return core().read_model(work / MODEL_NAME)
+
+
+def _halve(model: torch.nn.Module) -> None:
+    """Round the weight matrices to f16, and nothing else.
+
+    `model.half()` and OpenVINO's `compress_to_fp16` would round the rotary frequencies too: at position 10,000 an angle
+    is then wrong by a radian.
+    """
+    for value in model.parameters():
+        if value.ndim > 1:
+            value.data = value.data.half()
+
+
+@contextlib.contextmanager
+def _float32_arithmetic(model: torch.nn.Module) -> Iterator[None]:
+    """Widen the 16-bit weights of each module while it runs: the reference is to hold no rounding of activations."""
+    import torch
+
+    narrow: dict[torch.nn.Module, dict[str, torch.Tensor]] = {}
+
+    def widen(module: torch.nn.Module, _: Any) -> None:
+        narrow[module] = {name: value.data for name, value in module.named_parameters(recurse=False)}
+        for value in module.parameters(recurse=False):
+            value.data = value.data.float()
+
+    def restore(module: torch.nn.Module, *_: Any) -> None:
+        for name, value in module.named_parameters(recurse=False):
+            value.data = narrow[module][name]
+
+    hooks = [
+        hook
+        for module in model.modules()
+        if any(value.dtype != torch.float32 for value in module.parameters(recurse=False))
+        for hook in (module.register_forward_pre_hook(widen), module.register_forward_hook(restore))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
