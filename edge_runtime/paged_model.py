@@ -85,9 +85,8 @@ class PagedModel:
     def __init__(self, folder: Path, manifest: Manifest, device: str, config: LoadConfig) -> None:
         model, weight_bytes = read_model(folder)
         to_paged_attention(model, manifest.attention_groups)
-        self._compiled = _compile(
-            model, device, compile_properties(device, config, weight_bytes, weight_group_size(model))
-        )
+        properties = compile_properties(device, config, weight_bytes, weight_group_size(model))
+        self._compiled = _compile(model, device, config, properties)
         del model
         self.device = device
         self.vocab_size = int(self._compiled.output("logits").get_partial_shape()[2].get_length())
@@ -108,6 +107,7 @@ class PagedModel:
         self._buffers: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._bound: tuple[int, int] = (0, 0)
         self.reserve(1)
+        self._warm_up()
 
     def forward(self, token_ids: list[int], num_rows: int) -> Rows:
         """Append T tokens and return the logits of the last `num_rows`, (num_rows, V): valid until the next call.
@@ -156,11 +156,17 @@ class PagedModel:
     def properties(self) -> dict[str, Any]:
         """What the plugin really uses, for reports: threads, precision of arithmetic and of keys and values."""
         names = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "INFERENCE_NUM_THREADS")
-        return {name.lower(): str(self._compiled.get_property(name)) for name in names}
+        values = {name.lower(): self._compiled.get_property(name) for name in names}
+        return {name: v.to_string() if isinstance(v, ov.Type) else v for name, v in values.items()}
 
     @property
     def _capacity(self) -> int:
         return min(group.num_blocks for group in self.groups) * self._block_size
+
+    def _warm_up(self) -> None:
+        """Run one token: the plugin packs its weights in the first run, which the first request should not wait for."""
+        self.forward([0], 1)
+        self.rollback(0)
 
     def _start_and_wait(self) -> None:
         self._request.start_async()
@@ -241,11 +247,21 @@ def read_model(folder: Path) -> tuple[ov.Model, int]:
         ) from error
 
 
-def _compile(model: ov.Model, device: str, properties: dict[str, Any]) -> ov.CompiledModel:
+def _compile(model: ov.Model, device: str, config: LoadConfig, properties: dict[str, Any]) -> ov.CompiledModel:
     try:
-        return core().compile_model(model, device, properties)
+        compiled = core().compile_model(model, device, properties)
     except RuntimeError as error:
         raise DeviceError(
-            f"{device} cannot compile the model with {properties}: {first_line(error)}",
-            "try `--precision auto --kv-precision auto`",
+            f"{device} cannot run the model with precision {config.precision} and kv_precision "
+            f"{config.kv_precision}: {first_line(error)}",
+            "leave both on `auto`",
         ) from error
+    _check_precision(compiled, device, config.precision)
+    return compiled
+
+
+def _check_precision(compiled: ov.CompiledModel, device: str, wanted: str) -> None:
+    """Refuse to run in another precision than the one asked for, which the plugin does without a word."""
+    runs = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if wanted not in ("auto", runs):
+        raise DeviceError(f"{device} cannot compute in {wanted}: it would use {runs}", f"use `{runs}` or `auto`")
