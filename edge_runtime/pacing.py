@@ -19,13 +19,17 @@ from collections.abc import Iterable
 MAX_LOSS = 0.02
 """Share of time that probing may cost while drafting does not pay."""
 HALF_LIFE = 30.0
-"""Drafted tokens after which an observation of acceptance counts half."""
-PRIOR = (1.4, 2.0)
-"""Accepted and drafted tokens assumed at each position before any were seen: optimistic, so that drafting starts."""
+"""Drafted blocks after which an observation of acceptance counts half."""
+PRIOR = 0.7
+"""Acceptance assumed before any was seen: optimistic, so that drafting starts."""
+PRIOR_WEIGHT = 2.0
+"""Drafted tokens that an assumption counts for."""
 MIN_SLEEP = 16
 """Fewest plain steps between two probes."""
 MARGIN = 1.02
 """Drafting must promise this much over a plain step: a tie is not worth the risk."""
+STALL = 4.0
+"""A step slower than expected by this factor was disturbed from outside: drafting does not pay for the rest."""
 
 
 class TargetCosts:
@@ -104,22 +108,26 @@ class Pacing:
         plain = self._costs.seconds(1) or 0.0
         best, least = 0, plain / MARGIN
         tokens, chance = 1.0, 1.0
-        for k in range(1, max_draft_tokens + 1):
-            chance *= self.acceptance(k - 1)
+        for k, acceptance in enumerate(self.acceptances(max_draft_tokens), 1):
+            chance *= acceptance
             tokens += chance
-            seconds = (k * self._draft_seconds + (self._costs.seconds(k + 1) or plain)) / tokens
+            seconds = self._step_seconds(k, plain) / tokens
             if seconds < least:
                 best, least = k, seconds
         return (best, least) if best else (0, plain)
 
-    def acceptance(self, position: int) -> float:
-        """Return the chance that draft token `position` is accepted when those before it were."""
-        accepted, drafted = PRIOR
-        if self._drafted:
-            position = min(position, len(self._drafted) - 1)
-            accepted += self._accepted[position]
-            drafted += self._drafted[position]
-        return accepted / drafted
+    def acceptances(self, count: int) -> list[float]:
+        """Return, for each of the first `count` draft tokens, the chance of it once those before it were accepted.
+
+        A position is assumed to be like the one before it until it was seen itself.
+        """
+        chance, chances = PRIOR, []
+        for position in range(count):
+            if position < len(self._drafted):
+                seen = PRIOR_WEIGHT + self._drafted[position]
+                chance = (PRIOR_WEIGHT * chance + self._accepted[position]) / seen
+            chances.append(chance)
+        return chances
 
     def record(self, num_drafted: int, num_accepted: int, draft_s: float, target_s: float, lag: int = 0) -> None:
         """Learn from one step.
@@ -136,17 +144,23 @@ class Pacing:
         plain = self._costs.seconds(1)
         if plain is None:
             return
-        self._lost_s = max(0.0, self._lost_s + draft_s + target_s - (1 + num_accepted) * plain)
+        expected = lag * self._seconds_to_read_one + self._step_seconds(num_drafted, plain)
+        spent = min(draft_s + target_s, STALL * expected)
+        self._lost_s = max(0.0, self._lost_s + spent - (1 + num_accepted) * plain)
         if self.best(num_drafted + 1)[0] == 0:
             self._asleep = max(MIN_SLEEP, int(self._lost_s / (MAX_LOSS * plain)))
             self._lost_s = 0.0
 
     def _wake(self, max_draft_tokens: int) -> int:
-        """Probe, trusting old observations less: the text may have changed."""
+        """Probe, forgiving old rejections: the text may have changed."""
         self._asleep = 0
-        self._accepted = [count / 4 for count in self._accepted]
-        self._drafted = [count / 4 for count in self._drafted]
+        pairs = zip(self._accepted, self._drafted, strict=True)
+        self._drafted = [accepted + (drafted - accepted) / 4 for accepted, drafted in pairs]
         return max(1, self.best(max_draft_tokens)[0])
+
+    def _step_seconds(self, num_drafted: int, plain: float) -> float:
+        """Return K d + t(K + 1)."""
+        return num_drafted * self._draft_seconds + (self._costs.seconds(num_drafted + 1) or plain)
 
     @property
     def _seconds_to_read_one(self) -> float:
@@ -162,13 +176,15 @@ class Pacing:
         self._is_warm = True
 
     def _observe(self, num_drafted: int, num_accepted: int) -> None:
+        """Count one block; all positions fade, so that one which was unlucky and then avoided gets another chance."""
+        seen = min(num_drafted, num_accepted + 1)
+        missing = max(0, seen - len(self._drafted))
         decay = 0.5 ** (1 / HALF_LIFE)
-        for position in range(min(num_drafted, num_accepted + 1)):
-            if position == len(self._drafted):
-                self._drafted.append(0.0)
-                self._accepted.append(0.0)
-            self._drafted[position] = self._drafted[position] * decay + 1
-            self._accepted[position] = self._accepted[position] * decay + (position < num_accepted)
+        self._drafted = [decay * count for count in self._drafted] + [0.0] * missing
+        self._accepted = [decay * count for count in self._accepted] + [0.0] * missing
+        for position in range(seen):
+            self._drafted[position] += 1
+            self._accepted[position] += position < num_accepted
 
 
 def median(samples: Iterable[float]) -> float:
