@@ -1,0 +1,178 @@
+"""Find the subcommand and run it; every failure is one `error:` line, a `hint:` and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.utils import get_params_from_function
+
+from edge_runtime import __version__
+from edge_runtime.cli import console
+from edge_runtime.errors import ConfigError, EdgeError
+
+COMMANDS = ("generate", "chat", "pull", "export", "devices")
+"""Each is the function of its name in the module of its name."""
+
+DEBUG = "--debug"
+
+# The class of every wrong call. Typer ships click under another name since 0.26, so this is how both have it.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+class Command(TyperCommand):
+    """A subcommand whose help lists its options in groups."""
+
+    help_texts: dict[str, str]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options group by group."""
+        for title, parameters in grouped(self.get_params(ctx)).items():
+            with formatter.section(title):
+                formatter.write_dl([self._help_record(parameter, ctx) for parameter in parameters])
+
+    def _help_record(self, parameter: Any, ctx: Any) -> tuple[str, str]:
+        if parameter.param_type_name == "argument":
+            return parameter.metavar, self.help_texts[parameter.name]  # typer 0.25 loses it under click 8.5
+        record: tuple[str, str] = parameter.get_help_record(ctx)
+        return record
+
+
+class Commands(TyperGroup):
+    """The subcommands, imported when asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import a subcommand."""
+        return load_command(cmd_name) if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the subcommand that is called; suggest the nearest for an unknown one."""
+        if args[0] not in COMMANDS:
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"commands: {', '.join(COMMANDS)}"
+            raise ConfigError(f"unknown command `{args[0]}`", hint)
+        return super().resolve_command(ctx, args)
+
+
+def grouped(parameters: list[Any]) -> dict[str, list[Any]]:
+    """Return parameters by heading: arguments first, options without a heading of their own last."""
+    groups: dict[str, list[Any]] = {"Arguments": []}
+    options = []
+    for parameter in parameters:
+        if parameter.param_type_name == "argument":
+            groups["Arguments"].append(parameter)
+        elif title := getattr(parameter, "rich_help_panel", None):
+            groups.setdefault(title, []).append(parameter)
+        else:
+            options.append(parameter)
+    return {title: members for title, members in {**groups, "Options": options}.items() if members}
+
+
+def load_command(name: str) -> Any:
+    """Return a subcommand as typer's command object."""
+    function = getattr(importlib.import_module(f"edge_runtime.cli.{name}"), name)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    headline = re.split("[.;]", function.__doc__)[0]
+    app.command(name, cls=Command, short_help=headline)(function)
+    command: Any = typer.main.get_command(app)
+    parameters = get_params_from_function(function)
+    command.help_texts = {name: parameter.default.help for name, parameter in parameters.items()}
+    return command
+
+
+def root_command() -> Any:
+    """Return `edge-run` as typer's command object."""
+    app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, invoke_without_command=True)
+    app.callback()(_root)
+    return typer.main.get_command(app)
+
+
+def run(args: Sequence[str]) -> int:
+    """Run `edge-run` with these arguments and return the exit code; KeyboardInterrupt passes through."""
+    console.use_utf8()
+    end = args.index("--") if "--" in args else len(args)
+    is_debug = DEBUG in args[:end]
+    try:
+        code = _invoke([arg for i, arg in enumerate(args) if arg != DEBUG or i > end])
+        sys.stdout.flush()
+        return code
+    except Exception as error:  # noqa: BLE001 - the outermost frame: whatever happened becomes one line
+        if is_debug:
+            traceback.print_exc()
+        return _report(error)
+
+
+def _invoke(args: list[str]) -> int:
+    root = root_command()
+    try:
+        with root.make_context("edge-run", args) as context:
+            root.invoke(context)
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    return 0
+
+
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show where an error comes from; may stand anywhere.")] = False,
+) -> None:
+    """Fast, private, lossless language models on this computer."""
+    if version:
+        print(f"edge-run {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+class _Failure(NamedTuple):
+    message: str
+    hint: str | None
+    exit_code: int
+
+
+def _report(error: Exception) -> int:
+    if isinstance(error, OSError):
+        console.abandon_stdout()
+    if console.is_closed_pipe(error):
+        return 0  # whoever reads us has seen enough
+    failure = _explain(error)
+    console.print_error(failure.message, failure.hint)
+    return failure.exit_code
+
+
+def _explain(error: Exception) -> _Failure:
+    if isinstance(error, EdgeError):
+        return _Failure(str(error), error.hint, error.exit_code)
+    if isinstance(error, _UsageError):
+        return _explain_usage(error)
+    if isinstance(error, OSError):
+        name = f"`{error.filename}`: " if error.filename else ""
+        return _Failure(f"{name}{error.strerror or error}", None, 1)
+    if isinstance(error, MemoryError):
+        return _Failure("not enough memory", "use a smaller model, or close other programs", 1)
+    kind = type(error).__name__
+    return _Failure(f"internal error: {kind}: {error}", f"`edge-run {DEBUG} …` shows where; please report it", 1)
+
+
+def _explain_usage(error: Any) -> _Failure:
+    help_hint = f"`{error.ctx.command_path} --help` lists what there is" if error.ctx else None
+    option = getattr(error, "option_name", None)
+    near = getattr(error, "possibilities", None)
+    if option and near is not None:
+        hint = f"did you mean `{min(near, key=len)}`?" if near else None
+        return _Failure(f"unknown option `{option}`", hint or help_hint, error.exit_code)
+    message = " ".join(error.format_message().rstrip(".").split())
+    if "extra argument" in message:
+        help_hint = "put a text of several words in quotes"
+    return _Failure(message[0].lower() + message[1:], help_hint, error.exit_code)

@@ -1,0 +1,195 @@
+"""`edge-run chat`: talk with a model in the terminal.
+
+The whole conversation is sent each time; `EdgeLLM` keeps the keys and values of what it has read before.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edge_runtime.cli import console
+from edge_runtime.cli.options import ModelOptions, with_model_options
+from edge_runtime.cli.running import load_model, run_stream
+from edge_runtime.errors import ConfigError, ContextOverflowError, EdgeError
+
+if TYPE_CHECKING:
+    from edge_runtime.api import EdgeLLM, GenerationResult
+    from edge_runtime.tokenizer import Message
+
+BLOCK = '"""'
+"""Begins and ends a message of several lines."""
+
+HELP = f"""\
+/undo         take back the last question and its answer
+/reset        forget the conversation, keep the system message
+/system TEXT  say how the model should behave; without a text, leave it to the model
+/stats        what was measured of the last answer
+/save FILE    write the conversation as JSON
+/quit         leave, as Ctrl-D does
+{BLOCK}           begins and ends a message of several lines
+Ctrl-C        stops an answer and keeps what there is of it"""
+
+MAKE_ROOM = "/undo takes back the last question, /reset starts over"
+
+
+@with_model_options("logprobs")
+def chat(
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="How the model should behave.")] = None,
+    *,
+    options: ModelOptions,
+) -> None:
+    """Talk with a model in the terminal; `/help` there lists what else can be typed."""
+    llm = load_model(options)
+    if not llm.tokenizer.has_chat_template:
+        raise ConfigError(
+            f"the model in `{options.model}` has no chat template", "use `edge-run generate`, or a chat model"
+        )
+    if sys.stdin.isatty():
+        console.note(f"{Path(options.model).name}: /help lists the commands, Ctrl-D leaves")
+        if importlib.util.find_spec("readline"):
+            importlib.import_module("readline")  # gives `input` editing and a history
+    Conversation(llm, options, system).run()
+
+
+class Conversation:
+    """The messages so far, and what can be done with them.
+
+    Args:
+        llm: A chat model.
+        options: Of every answer.
+        system: The system message.
+    """
+
+    def __init__(self, llm: EdgeLLM, options: ModelOptions, system: str | None = None) -> None:
+        self._llm, self._options, self._system = llm, options, system
+        self._messages: list[Message] = []
+        self._last: GenerationResult | None = None
+        self._commands = {
+            "/help": lambda _: console.note(HELP),
+            "/undo": self._undo,
+            "/reset": self._reset,
+            "/system": self._set_system,
+            "/stats": self._print_stats,
+            "/save": self._save,
+        }
+
+    def run(self) -> None:
+        """Read and answer until the user leaves."""
+        while True:
+            try:
+                text = read_message()
+            except KeyboardInterrupt:
+                console.note("\nCtrl-D or /quit leaves")
+                continue
+            except EOFError:
+                if sys.stdin.isatty():
+                    console.note("")  # the shell's prompt begins on a line of its own
+                return
+            if text.strip() in ("/quit", "/exit"):
+                return
+            try:
+                self._take(text)
+            except EdgeError as error:
+                hint = MAKE_ROOM if isinstance(error, ContextOverflowError) else error.hint
+                console.print_error(str(error), hint)
+
+    def _take(self, text: str) -> None:
+        name, _, argument = text.strip().partition(" ")
+        if not re.fullmatch(r"/\w+", name):
+            if name:
+                self._answer(text)
+            return
+        if name not in self._commands:
+            near = difflib.get_close_matches(name, self._commands, n=1)
+            raise ConfigError(f"unknown command `{name}`", f"did you mean `{near[0]}`?" if near else "try /help")
+        self._commands[name](argument.strip())
+
+    def _answer(self, text: str) -> None:
+        question: Message = {"role": "user", "content": text}
+        system: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
+        turns = [*system, *self._messages, question]
+        result = run_stream(self._llm.stream_chat, turns, console.write, self._options.generation)
+        console.write("\n")
+        self._last = result
+        if result.text:
+            self._messages += [question, {"role": "assistant", "content": result.text}]
+        else:
+            console.note("no answer, so the question is not kept")
+        self._comment(result)
+
+    def _comment(self, result: GenerationResult) -> None:
+        """Say discreetly how fast it was, and why it ended early."""
+        metrics, limit = result.metrics, self._llm.engine.target.model.context_length
+        used = metrics.prompt_tokens + metrics.new_tokens
+        if sys.stderr.isatty():
+            accepted = f"{metrics.acceptance_rate:.0%} of drafts accepted, " if metrics.proposed_tokens else ""
+            console.note(f"{metrics.tokens_per_second:.0f} tokens/s, {accepted}{used} of {limit} tokens of context")
+        if result.finish_reason == "length":
+            full = f"the context of {limit} tokens is full: {MAKE_ROOM}"
+            console.note(full if used >= limit else f"cut off after {metrics.new_tokens} tokens: `-n` sets how many")
+        if sys.stderr.isatty():
+            console.note("")
+
+    def _undo(self, _: str) -> None:
+        undone = self._messages[-2:-1]
+        del self._messages[-2:]
+        console.note(f"taken back: {undone[0]['content']}" if undone else "there is nothing to take back")
+
+    def _reset(self, _: str) -> None:
+        self._messages.clear()
+        console.note("the conversation is forgotten")
+
+    def _set_system(self, text: str) -> None:
+        self._system = text or None
+        console.note("the system message is set" if text else "there is no system message now")
+
+    def _print_stats(self, _: str) -> None:
+        if self._last:
+            console.print_stats(self._last.metrics)
+        else:
+            console.note("there is no answer yet")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise ConfigError("/save is given no file name", "for example: /save story.json")
+        path = Path(name).expanduser()
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            temporary.write_text(json.dumps(self._messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise ConfigError(f"cannot write `{path}`: {error.strerror}", "name another file") from error
+        console.note(f"saved as {path}")
+
+
+def read_message() -> str:
+    """Read one message, of several lines if it begins with `BLOCK`.
+
+    Raises:
+        EOFError: There is no more input.
+    """
+    line = _read_line("> ")
+    if not line.startswith(BLOCK):
+        return line
+    lines = [line.removeprefix(BLOCK)]
+    while not lines[-1].rstrip().endswith(BLOCK):
+        lines.append(_read_line("  "))
+    return "\n".join(lines).rstrip().removesuffix(BLOCK).strip("\n")
+
+
+def _read_line(prompt: str) -> str:
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return input(prompt)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\r\n")

@@ -1,0 +1,161 @@
+"""What the command line prints: the model's text on stdout as it comes, everything else on stderr.
+
+Colour only on a terminal and never with NO_COLOR. rich is imported for tables alone: it costs more than the rest.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+import typer
+
+if TYPE_CHECKING:
+    from edge_runtime.metrics import Metrics
+
+STATUS_DELAY_S = 0.5
+"""A wait shorter than this is not worth a word."""
+
+
+def use_utf8() -> None:
+    """Let the streams carry every character: a Windows pipe or an old terminal would refuse most of them."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def write(text: str) -> None:
+    """Write a piece of the model's text and show it at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_json(value: Any) -> None:
+    """Print one JSON object."""
+    write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def note(text: str) -> None:
+    """Print a discreet line on stderr."""
+    _print_stderr(_styled(text, dim=True))
+
+
+def print_error(message: str, hint: str | None) -> None:
+    """Print an error and, on its own line, what to do about it."""
+    _print_stderr(_styled("error:", fg="red", bold=True) + " " + _one_line(message))
+    if hint:
+        _print_stderr(_styled("hint:", fg="cyan", bold=True) + " " + _one_line(hint))
+
+
+def is_closed_pipe(error: Exception) -> bool:
+    """Whether writing failed because the reader has left, as after `| head`; Windows calls it an invalid argument."""
+    if isinstance(error, BrokenPipeError):
+        return True
+    return sys.platform == "win32" and isinstance(error, OSError) and error.errno == errno.EINVAL
+
+
+def abandon_stdout() -> None:
+    """Send what is left for stdout nowhere, so that the interpreter's last flush cannot fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Status:
+    """One line on a terminal's stderr that says what is waited for, and vanishes."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._width = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.clear()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds waited so far."""
+        return time.perf_counter() - self._started
+
+    def show(self, text: str) -> None:
+        """Replace the line, unless the wait has only begun."""
+        if sys.stderr.isatty() and self.elapsed_s > STATUS_DELAY_S:
+            self.clear()
+            text = text[: shutil.get_terminal_size().columns - 1]
+            self._width = len(text)
+            sys.stderr.write(_styled(text, dim=True))
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        """Remove the line."""
+        if self._width:
+            sys.stderr.write("\r" + " " * self._width + "\r")
+            sys.stderr.flush()
+            self._width = 0
+
+
+def print_stats(metrics: Metrics) -> None:
+    """Print what was measured of one answer, for a person."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", justify="right")
+    table.add_column()
+    for name, value in _stats(metrics):
+        table.add_row(name, value)
+    Console(stderr=True, highlight=False, markup=False).print(table)
+
+
+def _stats(metrics: Metrics) -> list[tuple[str, str]]:
+    from edge_runtime.metrics import peak_rss_bytes
+
+    reused = f", {metrics.reused_tokens} of them still held" if metrics.reused_tokens else ""
+    first = f", the first after {_seconds(metrics.ttft_s)}" if metrics.new_tokens else ""
+    rows = [
+        ("prompt", f"{metrics.prompt_tokens} tokens{reused}"),
+        ("answer", f"{metrics.new_tokens} tokens{first}"),
+    ]
+    if metrics.new_tokens > 1:
+        rows.append(("speed", f"{metrics.tokens_per_second:.1f} tokens/s ({metrics.tpot_ms:.2f} ms each)"))
+    if metrics.proposed_tokens:
+        rows += _draft_stats(metrics)
+    memory_mib = peak_rss_bytes() / (1 << 20)
+    return [*rows, ("load", f"{_seconds(metrics.load_s)}, {memory_mib:.0f} MiB of memory at most")]
+
+
+def _draft_stats(metrics: Metrics) -> list[tuple[str, str]]:
+    counts = zip(metrics.accepted_by_position, metrics.proposed_by_position, strict=True)
+    positions = " ".join(f"{accepted / proposed:.0%}" for accepted, proposed in counts)
+    accepted = f"{metrics.accepted_tokens} of {metrics.proposed_tokens} tokens ({metrics.acceptance_rate:.0%})"
+    return [
+        ("accepted drafts", accepted),
+        ("by position", positions),
+        ("per target step", f"{metrics.block_efficiency:.2f} tokens ({metrics.target_forwards} steps)"),
+        ("drafting", f"{metrics.draft_share:.0%} of the time"),
+    ]
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _styled(text: str, **style: Any) -> str:
+    return text if os.environ.get("NO_COLOR") else typer.style(text, **style)
+
+
+def _print_stderr(text: str) -> None:
+    typer.echo(text, err=True)  # leaves colour out where stderr is not a terminal

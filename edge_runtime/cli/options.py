@@ -1,0 +1,193 @@
+"""The options that generate and chat share: one for each field of `LoadConfig` and `GenerationConfig`.
+
+`config.py` owns names and defaults; here stands only what a command line adds: the flag, the help and how a word
+becomes a value. `with_model_options` puts them all on a command, which receives them as one `ModelOptions`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import typer
+
+from edge_runtime.config import GenerationConfig, LoadConfig
+from edge_runtime.errors import ConfigError
+
+MODEL, ANSWER, SAMPLING, DRAFTING, DEVICE = "Model", "Answer", "Sampling", "Drafting", "Device"
+
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def _auto_or_number(word: str) -> int | str:
+    return int(word) if re.fullmatch(r"[+-]?\d+", word) else word
+
+
+def _unescaped(words: list[str]) -> tuple[str, ...]:
+    return tuple(re.sub(r"\\([ntr\\])", lambda match: _ESCAPES[match[1]], word) for word in words)
+
+
+def _biases(words: list[str]) -> dict[int, float]:
+    biases: dict[int, float] = {}
+    for word in words:
+        token_id, _, bias = word.partition("=")
+        try:
+            biases[int(token_id)] = float(bias)
+        except ValueError:
+            raise ConfigError(f"--logit-bias is {word!r}, expected ID=BIAS", "for example 42=-5, or 42=-inf") from None
+    return biases
+
+
+class _Option(NamedTuple):
+    group: str
+    kind: Any
+    metavar: str | None
+    help: str
+    flags: tuple[str, ...] = ()
+    parse: Callable[[Any], Any] = lambda value: value
+
+
+_OPTIONS: dict[str, _Option] = {
+    "max_new_tokens": _Option(ANSWER, int, "N", "Most tokens to generate.", ("-n", "--max-new-tokens")),
+    "stop": _Option(
+        ANSWER,
+        list[str],
+        "TEXT",
+        r"End before this text; `\n`, `\t` and `\\` are understood. Repeatable.",
+        (),
+        _unescaped,
+    ),
+    "stop_token_ids": _Option(ANSWER, list[int], "ID", "End at this token. Repeatable.", ("--stop-token-id",), tuple),
+    "ignore_eos": _Option(ANSWER, bool, None, "Go on past the model's own end of text."),
+    "logprobs": _Option(
+        ANSWER, int, "N", "With --json: log-probabilities of each token and of the N most likely ones."
+    ),
+    "temperature": _Option(SAMPLING, float, "T", "0 always takes the most likely token.", ("-t", "--temperature")),
+    "top_k": _Option(SAMPLING, int, "K", "Draw from the K most likely tokens; 0 for all."),
+    "top_p": _Option(SAMPLING, float, "P", "Draw from the most likely tokens that together reach P; 1 for all."),
+    "min_p": _Option(SAMPLING, float, "P", "Draw from tokens at least P times as likely as the first; 0 for all."),
+    "repetition_penalty": _Option(SAMPLING, float, "X", "Above 1 makes every token seen less likely."),
+    "presence_penalty": _Option(SAMPLING, float, "X", "Subtracted from the logit of every token generated."),
+    "frequency_penalty": _Option(SAMPLING, float, "X", "Subtracted once for each time the token was generated."),
+    "logit_bias": _Option(
+        SAMPLING, list[str], "ID=BIAS", "Added to a token's logit; -inf forbids it. Repeatable.", (), _biases
+    ),
+    "seed": _Option(SAMPLING, int, "S", "Of the random numbers; the same seed draws the same answer."),
+    "num_draft_tokens": _Option(
+        DRAFTING, str, "auto|K", "Tokens drafted for each step of the model; 0 for none.", (), _auto_or_number
+    ),
+    "max_draft_tokens": _Option(DRAFTING, int, "K", "Most tokens that `auto` drafts."),
+    "lookup": _Option(DRAFTING, bool, None, "Also draft by copying what followed the same words before."),
+    "device": _Option(DEVICE, str, "NAME", "Where the model runs: CPU, GPU, GPU.1, NPU."),
+    "draft_device": _Option(DEVICE, str, "NAME", "Where the draft runs, if elsewhere."),
+    "precision": _Option(DEVICE, str, "TYPE", "Arithmetic: auto, f32, bf16, f16. f32 for exact reproducibility."),
+    "kv_precision": _Option(DEVICE, str, "TYPE", "Keys and values: auto, f32, bf16, f16, u8, u4."),
+    "num_threads": _Option(DEVICE, int, "N", "CPU threads; 0 for the device's choice.", ("--threads",)),
+    "prefill_chunk_size": _Option(DEVICE, int, "N", "Prompt tokens read at once."),
+    "cache_dir": _Option(DEVICE, str, "FOLDER", "Keep compiled models here, to load faster the next time."),
+}
+
+# A field's name in a message: its first word, or any with an underscore; `device` and `stop` are ordinary words too.
+_FIELD = re.compile("|".join(rf"\b{name}\b" if "_" in name else rf"^{name}\b" for name in _OPTIONS))
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a command line said about the model and the answer.
+
+    Attributes:
+        model: Folder of the target.
+        draft: Folder of the draft; None for none.
+        load: Fields of `config.LoadConfig`, valid ones.
+        generation: Fields of `config.GenerationConfig`, valid ones.
+    """
+
+    model: str
+    draft: str | None
+    load: dict[str, Any]
+    generation: dict[str, Any]
+
+    @classmethod
+    def parse(cls, model: str | None, draft: str | None, words: dict[str, Any]) -> Self:
+        """Turn the words of a command line into checked options.
+
+        Raises:
+            ConfigError: No model is named, or a value is bad; the message names the flag.
+        """
+        if not model:
+            raise ConfigError(
+                "no model is named", "name its folder with `-m FOLDER`; `edge-run pull HUB_ID` downloads one"
+            )
+        given = {name: _OPTIONS[name].parse(word) for name, word in words.items() if word not in (None, [])}
+        load, generation = (_checked(config, given) for config in (LoadConfig, GenerationConfig))
+        return cls(model, None if draft in (None, "none") else draft, load, generation)
+
+
+def with_model_options(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `ModelOptions`, which it takes as the keyword `options`.
+
+    Args:
+        left_out: Fields of the configs that make no sense for this command.
+    """
+    shared = [_model, _draft, *(_parameter(name) for name in _OPTIONS if name not in left_out)]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+
+        @functools.wraps(command)
+        def with_options(model: str | None, draft: str | None, **values: Any) -> None:
+            words = {name: values.pop(name) for name in _OPTIONS if name in values}
+            command(**values, options=ModelOptions.parse(model, draft, words))
+
+        parameters = [p for name, p in own.parameters.items() if name != "options"]
+        with_options.__signature__ = own.replace(parameters=[*parameters, *shared])  # type: ignore[attr-defined]
+        return with_options
+
+    return decorate
+
+
+def flag_of(field_name: str) -> str:
+    """Return the long flag of a config field."""
+    flags = _OPTIONS[field_name].flags
+    return flags[-1] if flags else "--" + field_name.replace("_", "-")
+
+
+def _checked(config: type[LoadConfig | GenerationConfig], given: dict[str, Any]) -> dict[str, Any]:
+    values = {name: given[name] for name in _defaults(config) if name in given}
+    try:
+        config.from_options(**values)
+    except ConfigError as error:
+        raise ConfigError(_FIELD.sub(lambda field: flag_of(field[0]), str(error)), error.hint) from error
+    return values
+
+
+def _defaults(config: type[LoadConfig | GenerationConfig]) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(config)}
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    option = _OPTIONS[name]
+    default = {**_defaults(LoadConfig), **_defaults(GenerationConfig)}[name]
+    if default in ((), dataclasses.MISSING):
+        default = None  # a repeatable option that was not given
+    return _typer_parameter(name, option, default, option.flags or (flag_of(name),))
+
+
+def _typer_parameter(name: str, option: _Option, default: Any, flags: tuple[str, ...]) -> inspect.Parameter:
+    info = typer.Option(default, *flags, help=option.help, metavar=option.metavar, rich_help_panel=option.group)
+    kind = option.kind | None if default is None else option.kind
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=kind)
+
+
+_model = _typer_parameter("model", _Option(MODEL, str, "FOLDER", "The model."), None, ("-m", "--model"))
+_draft = _typer_parameter(
+    "draft",
+    _Option(MODEL, str, "FOLDER|none", "A smaller model of the same vocabulary that drafts for it."),
+    None,
+    ("-d", "--draft"),
+)

@@ -1,0 +1,29 @@
+"""`edge-run pull`: download an OpenVINO model folder from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_runtime.cli import console
+
+
+def pull(
+    hub_id: Annotated[str, typer.Argument(metavar="HUB_ID", help="The model, such as OpenVINO/Qwen3-0.6B-int4-ov.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="Where to put it; by default ./NAME.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Download an OpenVINO model from the Hugging Face hub; the same command resumes what was interrupted."""
+    from edge_runtime import hub
+
+    pulled = hub.pull(hub_id, output, revision)
+    if as_json:
+        console.write_json({"folder": str(pulled.folder), "source": hub_id, "revision": pulled.revision})
+    else:
+        print(pulled.folder)
+        console.note(f'try it: edge-run generate -m {pulled.folder} "Once upon a time"')

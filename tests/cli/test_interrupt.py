@@ -1,0 +1,81 @@
+"""Ctrl-C at every stage: exit code 130, what there is is printed, no traceback."""
+
+import json
+import signal
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+
+# What the terminal's status line would say goes to a pipe here, and tells when to interrupt.
+REPORT_STATUS = """
+import sys
+from edge_runtime.cli import console
+console.Status.show = lambda self, text: print(text, file=sys.stderr, flush=True)
+"""
+SLOW_LOAD = """
+import time
+from edge_runtime.api import EdgeLLM
+EdgeLLM.load = lambda *args, **options: time.sleep(60)
+"""
+
+
+def interrupt(process, seen: bytes) -> tuple[int, bytes, bytes]:
+    """Wait for a status line that begins with `seen`, press Ctrl-C, and return exit code, stdout and stderr."""
+    while not process.stderr.readline().startswith(seen):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("wants_json", [True, False])
+def test_while_loading(start_edge_run, model, wants_json):
+    """Loading sleeps for a minute here: the wait for a compiler must not delay Ctrl-C."""
+    flags = ["--json"] if wants_json else []
+    process = start_edge_run("generate", "-m", model, *flags, "x", before=REPORT_STATUS + SLOW_LOAD)
+    code, out, err = interrupt(process, b"loading")
+    assert code == 130
+    assert b"Traceback" not in err
+    if wants_json:
+        assert json.loads(out)["finish_reason"] == "cancelled"
+    else:
+        assert out == b""
+
+
+def test_while_the_prompt_is_read(start_edge_run, long_model):
+    process = start_edge_run("generate", "-m", long_model, "--prefill-chunk-size", 1, "--json", before=REPORT_STATUS)
+    process.stdin.write(b"fox " * 20_000)
+    process.stdin.close()
+    process.stdin = None
+    code, out, err = interrupt(process, b"reading the prompt")
+    answer = json.loads(out)
+    assert (code, answer["finish_reason"], answer["token_ids"]) == (130, "cancelled", [])
+    assert answer["metrics"]["prompt_tokens"] > 10_000
+    assert b"Traceback" not in err
+
+
+def test_while_answering(start_edge_run, long_model):
+    process = start_edge_run("generate", "-m", long_model, "-n", 90_000, "--ignore-eos", "--stats", "Once upon")
+    first = process.stdout.read(10)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert (first + rest).endswith(b"\n")
+    assert b"tokens/s" in err
+    assert b"Traceback" not in err
+
+
+def test_chat_goes_on_after_a_stopped_answer(start_edge_run, long_model):
+    process = start_edge_run("chat", "-m", long_model, "-n", 90_000, "--ignore-eos")
+    process.stdin.write(b"Once upon\n")
+    process.stdin.flush()
+    process.stdout.read(10)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(b"/stats\n/undo\n/quit\n", timeout=20)
+    assert process.returncode == 0
+    assert out.endswith(b"\n")
+    assert b"tokens/s" in err
+    assert b"taken back: Once upon" in err
+    assert b"Traceback" not in err

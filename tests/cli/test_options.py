@@ -1,0 +1,100 @@
+"""Every option of the Python API can be given on the command line, has its default there, and arrives."""
+
+import dataclasses
+
+import pytest
+import typer
+
+from edge_runtime.cli.options import flag_of
+from edge_runtime.config import GenerationConfig, LoadConfig
+
+# For each field: what is written after its flag (None for a switch), and the value that must arrive.
+GENERATION = {
+    "max_new_tokens": (["7"], 7),
+    "temperature": (["0.5"], 0.5),
+    "top_k": (["3"], 3),
+    "top_p": (["0.25"], 0.25),
+    "min_p": (["0.125"], 0.125),
+    "repetition_penalty": (["1.5"], 1.5),
+    "presence_penalty": (["-0.5"], -0.5),
+    "frequency_penalty": (["0.75"], 0.75),
+    "logit_bias": (["3=-inf", "5=1.5"], {3: float("-inf"), 5: 1.5}),
+    "seed": (["11"], 11),
+    "stop": ([r"a\n", r"\\n\t"], ("a\n", "\\n\t")),
+    "stop_token_ids": (["4", "2"], (4, 2)),
+    "ignore_eos": ([None], True),
+    "logprobs": (["2"], 2),
+    "num_draft_tokens": (["5"], 5),
+    "max_draft_tokens": (["3"], 3),
+    "lookup": ([None], True),
+}
+LOAD = {
+    "device": (["GPU.1"], "GPU.1"),
+    "draft_device": (["CPU"], "CPU"),
+    "precision": (["f32"], "f32"),
+    "kv_precision": (["u4"], "u4"),
+    "num_threads": (["2"], 2),
+    "prefill_chunk_size": (["64"], 64),
+    "cache_dir": (["cache"], "cache"),
+}
+FIELDS = {**GENERATION, **LOAD}
+
+
+@pytest.fixture
+def given(edge_run, monkeypatch):
+    """Return a function from flags to the two configs that the model would get."""
+    taken = []
+
+    def take(options):
+        taken.append(options)
+        raise typer.Exit(0)
+
+    monkeypatch.setattr("edge_runtime.cli.generate.load_model", take)
+
+    def call(*flags):
+        done = edge_run("generate", "-m", "target", *flags, "--json", "x")
+        assert (done.code, done.err) == (0, "")
+        options = taken.pop()
+        return GenerationConfig.from_options(**options.generation), LoadConfig.from_options(**options.load), options
+
+    return call
+
+
+def test_every_field_is_tested():
+    configs = (GenerationConfig, LoadConfig)
+    assert {field.name for config in configs for field in dataclasses.fields(config)} == set(FIELDS)
+
+
+def test_nothing_given_is_every_default(given):
+    generation, load, options = given()
+    assert (generation, load) == (GenerationConfig(), LoadConfig())
+    assert (options.model, options.draft) == ("target", None)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_value_arrives_and_nothing_else_changes(given, name):
+    words, expected = FIELDS[name]
+    flags = [part for word in words for part in ((flag_of(name),) if word is None else (flag_of(name), word))]
+    generation, load, _ = given(*flags)
+    defaults = {**dataclasses.asdict(GenerationConfig()), **dataclasses.asdict(LoadConfig())}
+    assert expected != defaults[name]
+    assert {**dataclasses.asdict(generation), **dataclasses.asdict(load)} == {**defaults, name: expected}
+
+
+@pytest.mark.parametrize("flag", ["-d", "--draft"])
+def test_draft_is_taken(given, flag):
+    assert given(flag, "small")[2].draft == "small"
+
+
+def test_auto_can_be_said(given):
+    assert given("--num-draft-tokens", "auto")[0].num_draft_tokens == "auto"
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_help_shows_the_defaults_of_the_config(edge_run, command):
+    done = edge_run(command, "--help")
+    assert (done.code, done.err) == (0, "")
+    said = " ".join(done.out.split())
+    for default in (512, 1.0, "auto", "CPU", 8):
+        assert f"[default: {default}]" in said
+    assert ("--logprobs" in said) == (command == "generate")

@@ -1,0 +1,53 @@
+"""`edge-run` starts fast and describes itself."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edge_runtime import __version__
+from edge_runtime.cli.app import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"openvino", "numpy", "tokenizers", "jinja2", "huggingface_hub", "rich", "torch"}
+
+
+@pytest.mark.parametrize("args", [["--version"], ["--help"], ["generate", "--help"], ["generate", "x"]])
+def test_what_needs_no_model_loads_no_library(args):
+    script = (
+        "import json, sys\nfrom edge_runtime.cli.app import run\n"
+        f"run({args})\nprint(json.dumps([name for name in sys.modules if '.' not in name]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "typer" in loaded
+    assert not loaded & HEAVY
+
+
+def test_version(edge_run):
+    assert edge_run("--version") == (0, f"edge-run {__version__}\n", "")
+
+
+def test_module_runs_as_the_command_does():
+    done = subprocess.run([sys.executable, "-m", "edge_runtime", "generat"], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[1] == b"hint: did you mean `generate`?"
+
+
+@pytest.mark.parametrize("args", [[], ["--help"]])
+def test_help_lists_the_commands(edge_run, args):
+    done = edge_run(*args)
+    assert (done.code, done.err) == (0, "")
+    for name in COMMANDS:
+        assert f"\n  {name} " in done.out
+
+
+def test_documentation_is_what_the_commands_say():
+    """Otherwise: `python tools/generate_cli_docs.py`."""
+    spec = importlib.util.spec_from_file_location("generate_cli_docs", ROOT / "tools" / "generate_cli_docs.py")
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    assert generator.DOCS.read_text(encoding="utf-8") == generator.render()
