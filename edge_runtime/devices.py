@@ -72,6 +72,9 @@ def compile_properties(
         properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = min(
             ACTIVATION_GROUP_SIZE, weight_group_size or ACTIVATION_GROUP_SIZE
         )
+        # By channel, the plugin's default, each token rescales its block of keys, and a rejected draft leaves its trace in
+        # the scale. By token, rolling back is exact: speculation leaves what plain decoding leaves.
+        properties["KEY_CACHE_QUANT_MODE"] = "BY_TOKEN"
         threads = num_threads(config, weight_bytes)
         if threads:
             properties["INFERENCE_NUM_THREADS"] = threads

@@ -14,6 +14,9 @@ import openvino
 import pytest
 
 import ov_kernels
+from tests.tiny_models import tiny_hf, tiny_ir
+
+__all__ = ["tiny_hf", "tiny_ir"]
 
 ROOT = Path(__file__).resolve().parent.parent
 

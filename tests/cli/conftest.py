@@ -17,9 +17,6 @@ import pytest
 
 from edge_runtime.cli.app import run
 from edge_runtime.manifest import load_manifest
-from tests.tiny_models import tiny_hf, tiny_ir
-
-__all__ = ["tiny_hf", "tiny_ir"]
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG_CONTEXT = 100_000
