@@ -1,7 +1,7 @@
 """Download OpenVINO model folders from the Hugging Face hub.
 
-A download goes to `FOLDER.partial`, which a second call resumes, and takes its name once every file is there in full:
-a folder without that ending is complete.
+A download goes to `FOLDER.partial` and takes its name once every file is there in full: a folder without that ending
+is complete. A second call keeps the files that the first one finished.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -34,6 +35,7 @@ WANTED = (
 """Files of a model folder; the rest of a repository stays on the hub."""
 
 TIMEOUT_S = 10
+TRY_AGAIN = "check the connection and try again: files that are complete are kept"
 
 
 class Pulled(NamedTuple):
@@ -60,7 +62,7 @@ def pull(hub_id: str, output: Path | None = None, revision: str | None = None) -
         ConfigError: `output` exists already, or `hub_id` is not one.
         DownloadError: The hub cannot be reached, or has no such model for us.
     """
-    folder = output or Path(hub_id.rsplit("/")[-1])
+    folder = output or Path(hub_id.split("/")[-1])
     if folder.exists():
         raise ConfigError(f"`{folder}` exists already", "remove it, or name another folder with `-o FOLDER`")
     with _hub_errors(hub_id, revision):
@@ -88,8 +90,13 @@ def _list_files(hub_id: str, revision: str | None) -> tuple[str, dict[str, int]]
 
 def _download(hub_id: str, commit: str, names: list[str], folder: Path) -> None:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its advice on tokens and caches is not for our users
+    for abandoned in folder.glob(".cache/**/*.incomplete"):
+        abandoned.unlink()  # of a process that was killed; the client begins such a file anew under another name
     snapshot_download(hub_id, revision=commit, local_dir=folder, allow_patterns=names)
 
 
@@ -101,7 +108,7 @@ def _finish(partial: Path, folder: Path, sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
         path = partial / name
         if not path.is_file() or path.stat().st_size != size:
-            raise DownloadError(f"`{name}` is not complete", "run the same command again to resume")
+            raise DownloadError(f"`{name}` is not complete", TRY_AGAIN)
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -136,7 +143,4 @@ def _hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
     except errors.OfflineModeIsEnabled as error:
         raise DownloadError("the hub is switched off by HF_HUB_OFFLINE", "unset that variable") from error
     except (transport_error, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
-        raise DownloadError(
-            f"{constants.ENDPOINT} cannot be reached: {error}",
-            "check the connection; the same command resumes a download",
-        ) from error
+        raise DownloadError(f"{constants.ENDPOINT} cannot be reached: {error}", TRY_AGAIN) from error

@@ -57,7 +57,8 @@ def is_closed_pipe(error: Exception) -> bool:
     """Whether writing failed because the reader has left, as after `| head`; Windows calls it an invalid argument."""
     if isinstance(error, BrokenPipeError):
         return True
-    return sys.platform == "win32" and isinstance(error, OSError) and error.errno == errno.EINVAL
+    is_invalid = isinstance(error, OSError) and error.errno == errno.EINVAL and error.filename is None
+    return sys.platform == "win32" and is_invalid
 
 
 def abandon_stdout() -> None:

@@ -162,7 +162,8 @@ def _checked(config: type[LoadConfig | GenerationConfig], given: dict[str, Any])
     try:
         config.from_options(**values)
     except ConfigError as error:
-        raise ConfigError(_FIELD.sub(lambda field: flag_of(field[0]), str(error)), error.hint) from error
+        message = _FIELD.sub(lambda field: flag_of(field[0]), str(error))
+        raise ConfigError(message, error.hint or "`--help` says what each option means") from error
     return values
 
 

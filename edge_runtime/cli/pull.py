@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from edge_runtime.cli import console
+from edge_runtime.cli.running import in_background
 
 
 def pull(
@@ -18,10 +19,10 @@ def pull(
     revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Download an OpenVINO model from the Hugging Face hub; the same command resumes what was interrupted."""
+    """Download an OpenVINO model from the Hugging Face hub; after a failure, run it again for the files that lack."""
     from edge_runtime import hub
 
-    pulled = hub.pull(hub_id, output, revision)
+    pulled = in_background(lambda: hub.pull(hub_id, output, revision))
     if as_json:
         console.write_json({"folder": str(pulled.folder), "source": hub_id, "revision": pulled.revision})
     else:

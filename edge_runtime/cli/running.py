@@ -1,11 +1,11 @@
-"""Load a model and run a request so that Ctrl-C ends either one cleanly."""
+"""Do what takes long so that Ctrl-C ends it cleanly: load a model, run a request, download."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edge_runtime.cli.console import Status
 
@@ -13,32 +13,49 @@ if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM, GenerationResult, TextStream
     from edge_runtime.cli.options import ModelOptions
 
+T = TypeVar("T")
+
 POLL_S = 0.1
 
 
 def load_model(options: ModelOptions) -> EdgeLLM:
-    """Load what the options name.
+    """Load what the options name."""
 
-    A second thread does it: this one stays in Python, where Ctrl-C takes effect at once, while OpenVINO compiles.
-    """
-    outcome: list[EdgeLLM | BaseException] = []
+    def load() -> EdgeLLM:
+        from edge_runtime.api import EdgeLLM
 
-    def work() -> None:
-        try:
-            from edge_runtime.api import EdgeLLM
+        return EdgeLLM.load(options.model, draft=options.draft, **options.load)
 
-            outcome.append(EdgeLLM.load(options.model, draft=options.draft, **options.load))
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
-            outcome.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
     with Status() as status:
-        while thread.is_alive():
-            thread.join(POLL_S)
-            status.show(f"loading {options.model}, {status.elapsed_s:.0f} s")
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
+        return in_background(load, lambda: status.show(f"loading {options.model}, {status.elapsed_s:.0f} s"))
+
+
+def in_background(work: Callable[[], T], on_wait: Callable[[], None] = lambda: None) -> T:
+    """Do something in a second thread and return its result.
+
+    This thread stays in Python meanwhile, where Ctrl-C takes effect at once, be it in the middle of a compilation or a
+    download. The other one is then left behind: the process is about to end.
+
+    Args:
+        work: What takes long.
+        on_wait: Called every now and then.
+    """
+    outcome: list[T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
+        on_wait()
+    if failure:
+        raise failure[0]
     return outcome[0]
 
 

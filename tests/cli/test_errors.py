@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from edge_runtime.api import EdgeLLM
+from edge_runtime.cli import console
 from edge_runtime.manifest import MODEL_NAME
 
 
@@ -130,7 +131,7 @@ def test_wrong_call(refused, name):
     ],
 )
 def test_bad_value_names_the_flag(refused, args, said):
-    assert said in refused(2, "generate", "-m", "nowhere", *args, "x", has_hint=False)
+    assert said in refused(2, "generate", "-m", "nowhere", *args, "x")
 
 
 def raises(error):
@@ -194,13 +195,17 @@ def test_stdout_on_a_full_disk(start_edge_run, model):
     assert process.returncode == 1
 
 
+def test_windows_closed_pipe_is_told_from_a_bad_file_name(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert console.is_closed_pipe(OSError(errno.EINVAL, "Invalid argument"))
+    assert not console.is_closed_pipe(OSError(errno.EINVAL, "Invalid argument", "C:?"))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("no_color", ["", "1"])
 def test_colour_on_a_terminal_unless_unwanted(monkeypatch, no_color):
     import os
     import pty
-
-    from edge_runtime.cli import console
 
     monkeypatch.setenv("NO_COLOR", no_color)
     ours, theirs = pty.openpty()

@@ -79,3 +79,17 @@ def test_chat_goes_on_after_a_stopped_answer(start_edge_run, long_model):
     assert b"tokens/s" in err
     assert b"taken back: Once upon" in err
     assert b"Traceback" not in err
+
+
+def test_while_downloading(start_edge_run):
+    """The hub's client waits for its threads, which would hold Ctrl-C until a file of gigabytes is there."""
+    slow_hub = """
+import sys, time
+from edge_runtime import hub
+def pull(*args):
+    print("downloading", file=sys.stderr, flush=True)
+    time.sleep(60)
+hub.pull = pull
+"""
+    code, out, err = interrupt(start_edge_run("pull", "owner/name", before=slow_hub), b"downloading")
+    assert (code, out, err) == (130, b"", b"")

@@ -75,11 +75,21 @@ def test_broken_download_is_kept_and_resumed(hub, edge_run, tmp_path):
     hub.breaks_after = 2
     done = edge_run("pull", "owner/name")
     assert (done.code, done.out) == (1, "")
-    assert "resumes" in done.err.splitlines()[1]
+    assert "try again" in done.err.splitlines()[1]
     assert names(tmp_path) == {"name.partial"}
     hub.breaks_after = 99
     assert edge_run("pull", "owner/name").code == 0
     assert names(tmp_path) == {"name"}
+
+
+def test_abandoned_pieces_do_not_pile_up(hub, edge_run, tmp_path):
+    """A download that was killed leaves its piece, and the client never looks at it again."""
+    piece = tmp_path / "name.partial" / ".cache" / "huggingface" / "download" / "abc.1234.incomplete"
+    piece.parent.mkdir(parents=True)
+    piece.write_bytes(b"x")
+    hub.breaks_after = 1
+    assert edge_run("pull", "owner/name").code == 1
+    assert not piece.exists()
 
 
 def test_incomplete_file_is_not_taken_for_a_model(hub, edge_run, tmp_path, monkeypatch):
