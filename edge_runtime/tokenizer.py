@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from edge_runtime.errors import ConfigError, ModelFormatError, ModelPairError
 from edge_runtime.manifest import read_json
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import jinja2
 
 TOKENIZER_NAME = "tokenizer.json"
+REPLACEMENT = "\ufffd"
+"""Stands for bytes that are no character, or not yet."""
 
 
 class Message(TypedDict):
@@ -58,8 +60,15 @@ class Tokenizer:
         self._template = _read_template(folder, self._config)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of a text."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Return the token ids of a text.
+
+        Raises:
+            ConfigError: It is no Unicode text.
+        """
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:  # not a string, or half of a surrogate pair
+            raise ConfigError(f"the text {text!r:.60} cannot be encoded: it is not valid Unicode") from error
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -101,8 +110,9 @@ class Tokenizer:
             text = _compile_template(self._template).render(
                 messages=list(messages), add_generation_prompt=True, **self._special_tokens()
             )
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"the model's chat template refuses these messages: {error}") from error
+        except (jinja2.TemplateError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"the model's chat template refuses these messages: {reason}") from error
         return self.encode(text, add_special_tokens=False)
 
     def _special_tokens(self) -> dict[str, str]:
@@ -129,26 +139,43 @@ class Tokenizer:
 
 
 class TextDecoder:
-    """Turns tokens into text as they come; bytes of a character that is not complete yet are held back."""
+    """Turns tokens into text as they come; bytes of a character that is not complete yet are held back.
+
+    A window of tokens is decoded with and without the newest ones: some tokenizers render a token differently at the
+    start of a text. The library's DecodeStream does the same, but raises an error after bytes that are no character.
+    """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, context: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(context), skip_special_tokens=True)
-        self._pending: list[int] = []
+        self._window = list(context)
+        self._num_shown = len(self._window)
+        self._shown = self._decode(self._window)
 
     def push(self, token_id: int) -> str:
         """Return the text that one more token completes; often all of it, sometimes none."""
-        text: str | None = self._stream.step(self._tokenizer, token_id)
-        if text is None:
-            self._pending.append(token_id)
+        self._window.append(token_id)
+        text = self._new_text()
+        if not text or text.endswith(REPLACEMENT):
             return ""
-        self._pending.clear()
+        if not self._shown.endswith(REPLACEMENT):  # else the window would begin within a character
+            self._window = self._window[self._num_shown :]
+        self._num_shown, self._shown = len(self._window), self._decode(self._window)
         return text
 
     def flush(self) -> str:
         """Return what is still held back, with replacement characters for incomplete ones."""
-        text: str = self._tokenizer.decode(self._pending, skip_special_tokens=True) if self._pending else ""
-        self._pending.clear()
+        text = self._new_text()
+        self._shown += text
+        return text
+
+    def _new_text(self) -> str:
+        text, shown = self._decode(self._window), self._shown
+        if not text.startswith(shown):  # the newest bytes complete a character, or spoil one
+            shown = os.path.commonprefix([text, shown])  # noqa: RUF071 - letter by letter is what is wanted
+        return text[len(shown) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
 
 
