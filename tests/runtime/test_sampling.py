@@ -107,6 +107,32 @@ def test_min_p_equals_transformers(hf, regime, min_p):
     np.testing.assert_allclose(probabilities(logits, min_p=min_p), wanted, atol=TOLERANCE)
 
 
+LARGE = 5000
+"""Tokens: enough for the selection by runs, with a last run that is not full."""
+
+
+@pytest.mark.parametrize("kind", ["normal", "peaked", "flat", "ties", "forbidden", "sorted"])
+@pytest.mark.parametrize(
+    "options", [{"top_k": 1}, {"top_k": 50}, {"top_k": 4999}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_p": 0.999999}],
+    ids=str,
+)  # fmt: skip
+def test_filters_of_a_large_vocabulary_keep_what_sorting_would(kind, options):
+    """Nothing is sorted in full: the shortcuts must find the same tokens."""
+    logits = np.random.default_rng(3).standard_normal(LARGE).astype(np.float32)
+    logits = {
+        "normal": logits, "peaked": logits * 20, "flat": logits * 0, "ties": np.round(logits),
+        "sorted": np.sort(logits), "forbidden": np.where(np.arange(LARGE) % 100 < 97, -np.inf, logits).astype(np.float32),
+    }[kind]  # fmt: skip
+    made = filtered_distribution(logits, GenerationConfig(temperature=1.0, **options))
+    full = np.sort(np.exp(logits.astype(np.float64)))[::-1]
+    size = options.get("top_k") or int(np.searchsorted(np.cumsum(full), options["top_p"] * full.sum())) + 1
+    kept = np.array([made.probability(i) for i in range(LARGE)])
+    wanted = np.sort(full[:size] / full[:size].sum())[::-1]
+    # float32 decides the last token of a nucleus, and takes what is below 1e-38 for nothing.
+    assert abs(np.count_nonzero(kept > 1e-30) - np.count_nonzero(wanted > 1e-30)) <= 1
+    np.testing.assert_allclose(np.sort(kept)[::-1][:size], wanted, atol=TOLERANCE)
+
+
 def test_filters_compose_in_transformers_order(hf):
     """Top-p after top-k sees the renormalised distribution."""
     for seed in range(30):
