@@ -109,20 +109,25 @@ def test_min_p_equals_transformers(hf, regime, min_p):
 
 LARGE = 5000
 """Tokens: enough for the selection by runs, with a last run that is not full."""
+SHAPES = {
+    "normal": lambda logits: logits,
+    "peaked": lambda logits: logits * 20,
+    "flat": lambda logits: logits * 0,
+    "ties": np.round,
+    "sorted": np.sort,
+    "forbidden": lambda logits: np.where(np.arange(LARGE) % 100 < 97, np.float32(-np.inf), logits),
+}
 
 
-@pytest.mark.parametrize("kind", ["normal", "peaked", "flat", "ties", "forbidden", "sorted"])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    "options", [{"top_k": 1}, {"top_k": 50}, {"top_k": 4999}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_p": 0.999999}],
+    "options",
+    [{"top_k": 1}, {"top_k": 50}, {"top_k": 4999}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_p": 0.999999}],
     ids=str,
-)  # fmt: skip
-def test_filters_of_a_large_vocabulary_keep_what_sorting_would(kind, options):
+)
+def test_filters_of_a_large_vocabulary_keep_what_sorting_would(shape, options):
     """Nothing is sorted in full: the shortcuts must find the same tokens."""
-    logits = np.random.default_rng(3).standard_normal(LARGE).astype(np.float32)
-    logits = {
-        "normal": logits, "peaked": logits * 20, "flat": logits * 0, "ties": np.round(logits),
-        "sorted": np.sort(logits), "forbidden": np.where(np.arange(LARGE) % 100 < 97, -np.inf, logits).astype(np.float32),
-    }[kind]  # fmt: skip
+    logits = SHAPES[shape](np.random.default_rng(3).standard_normal(LARGE).astype(np.float32))
     made = filtered_distribution(logits, GenerationConfig(temperature=1.0, **options))
     full = np.sort(np.exp(logits.astype(np.float64)))[::-1]
     size = options.get("top_k") or int(np.searchsorted(np.cumsum(full), options["top_p"] * full.sum())) + 1
