@@ -52,6 +52,15 @@ class Manifest:
     attention_groups: tuple[tuple[int, ...], ...] = ()
     format_version: int = FORMAT_VERSION
 
+    def __post_init__(self) -> None:
+        for name, value in (("context_length", self.context_length), ("vocab_size", self.vocab_size)):
+            if value is not None and not (_is_whole(value) and value > 0):
+                raise TypeError(f"{name} is {value!r}, expected a number of tokens")
+        if not all(_is_whole(token_id) for token_id in self.eos_token_ids):
+            raise TypeError(f"eos_token_ids is {self.eos_token_ids!r}, expected token ids")
+        if not all(_is_whole(layer) for group in self.attention_groups for layer in group):
+            raise TypeError(f"attention_groups is {self.attention_groups!r}, expected groups of layer numbers")
+
     def save(self, folder: Path) -> None:
         """Write `edge_model.json` into `folder`, whole or not at all."""
         temporary = folder / (MANIFEST_NAME + ".tmp")
@@ -92,7 +101,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelFormatError(f"`{path}` is not readable JSON: {error}", "copy or export the model again") from error
     if not isinstance(content, dict):
-        raise ModelFormatError(f"`{path}` holds a JSON {type(content).__name__}, expected an object")
+        raise ModelFormatError(
+            f"`{path}` holds a JSON {type(content).__name__}, expected an object", "copy or export the model again"
+        )
     return content
 
 
@@ -107,24 +118,36 @@ def _from_manifest(path: Path) -> Manifest:
     unknown = sorted(set(content) - known)
     if unknown:
         raise ModelFormatError(f"`{path}` has unknown entries {unknown}", "export the model again")
-    content["eos_token_ids"] = tuple(content.get("eos_token_ids", ()))
-    content["attention_groups"] = tuple(tuple(group) for group in content.get("attention_groups", ()))
     try:
+        content["eos_token_ids"] = tuple(content.get("eos_token_ids", ()))
+        content["attention_groups"] = tuple(tuple(group) for group in content.get("attention_groups", ()))
         return Manifest(**content)
     except TypeError as error:
-        raise ModelFormatError(f"`{path}` is incomplete: {error}", "export the model again") from error
+        raise ModelFormatError(f"`{path}` cannot be used: {error}", "export the model again") from error
 
 
 def _from_config(folder: Path) -> Manifest:
     config = read_json(folder / "config.json")
     generation = read_json(folder / "generation_config.json")
-    text = config.get("text_config", config)
-    eos = generation.get("eos_token_id", text.get("eos_token_id", config.get("eos_token_id")))
-    return Manifest(
-        architecture=config.get("model_type", "unknown"),
-        context_length=text.get("max_position_embeddings") or text.get("n_positions"),
-        vocab_size=text.get("vocab_size"),
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        bos_token_id=generation.get("bos_token_id", text.get("bos_token_id")),
-        source=config.get("_name_or_path", ""),
-    )
+    text = config.get("text_config") or config  # where images or sound are understood too
+    try:
+        eos = _first_known("eos_token_id", generation, text, config)
+        return Manifest(
+            architecture=config.get("model_type", "unknown"),
+            context_length=text.get("max_position_embeddings") or text.get("n_positions"),
+            vocab_size=text.get("vocab_size"),
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            bos_token_id=_first_known("bos_token_id", generation, text),
+            source=config.get("_name_or_path", ""),
+        )
+    except (AttributeError, TypeError) as error:
+        raise ModelFormatError(f"`{folder / 'config.json'}` cannot be used: {error}", "copy it again") from error
+
+
+def _first_known(name: str, *sources: dict[str, Any]) -> Any:
+    """Return the first value that is not null; exporters write null for what a source leaves to another."""
+    return next((source[name] for source in sources if source.get(name) is not None), None)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
