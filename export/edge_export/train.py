@@ -1,0 +1,256 @@
+"""One pass over windows of tokens: the training loop that every stage and every trained feature uses.
+
+AdamW, a short warm-up and a cosine to zero at the end of the budget, dropout 0 (One Epoch, arXiv 1906.06669: under a
+single pass regularisation only slows training down). The ledger of seen windows is part of each checkpoint, and a
+checkpoint is whole or not there, so a run that is killed at any moment continues with the same windows in the same
+order. transformers holds the model, accelerate spreads the batch over processes: the same command under
+`accelerate launch` trains on many.
+
+What the papers leave open (optimiser, learning rate, batch, schedule) is this project's choice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_export.corpus import Windows
+from edge_export.one_epoch import Ledger
+from edge_runtime.errors import ConfigError, ModelFormatError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+Loss = Callable[[Any, "torch.Tensor"], "torch.Tensor"]
+"""(model, token ids (B, T)) to the mean loss of a batch, a scalar."""
+
+CHECKPOINT, LEDGER, LOG, STATE = "checkpoint", "ledger.u64", "log.jsonl", "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a pass is run.
+
+    Attributes:
+        batch_size: Windows of one update, over all processes.
+        learning_rate: Peak.
+        warmup: Share of the updates in which the rate rises.
+        weight_decay: On matrices; norms and biases have none.
+        clip: Largest norm of the gradient.
+        checkpoint_s: Seconds between checkpoints.
+        precision: `bf16` or `no` (f32), accelerate's names.
+    """
+
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    warmup: float = 0.02
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    checkpoint_s: float = 300.0
+    precision: str = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}, expected at least 1")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate is {self.learning_rate}, expected a positive number")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        step: Updates done.
+        num_steps: Updates wanted.
+        loss: Mean loss of the last batch before its update, in nats a token.
+        tokens_per_second: Since this process began.
+    """
+
+    step: int
+    num_steps: int
+    loss: float
+    tokens_per_second: float
+
+
+def next_token_loss(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy of every next token of (B, T) windows."""
+    loss: torch.Tensor = model(input_ids=token_ids, labels=token_ids, use_cache=False).loss
+    return loss
+
+
+def train(
+    model: Any,
+    windows: Windows,
+    out: Path,
+    config: TrainConfig,
+    *,
+    loss: Loss = next_token_loss,
+    on_step: Callable[[Progress], None] | None = None,
+) -> Any:
+    """Train `model` on each window once and return it; continue where `out` has a checkpoint.
+
+    Args:
+        model: A transformers causal language model, changed in place.
+        windows: (N, T) distinct windows in training order; an incomplete last batch is left out.
+        out: Folder of checkpoint, ledger and log; made if absent.
+        config: How.
+        loss: What is minimised.
+        on_step: Called after each update, on the main process.
+
+    Raises:
+        ConfigError: There are fewer windows than a batch, or a window comes twice.
+        ModelFormatError: The checkpoint belongs to other windows.
+    """
+    if len(windows) < config.batch_size:
+        raise ConfigError(
+            f"the text gives {len(windows)} windows, a batch has {config.batch_size}",
+            "give more text, or --batch-size 1",
+        )
+    run = _Run(model, windows, out, config, loss)
+    run.resume()
+    run.to_the_end(on_step)
+    return run.model
+
+
+def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
+    """Return the rate of update `step`: a linear rise, then a cosine that ends at zero."""
+    rising = max(1, int(num_steps * config.warmup))
+    if step < rising:
+        return config.learning_rate * (step + 1) / rising
+    done = (step - rising) / max(1, num_steps - rising)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class _Run:
+    """One pass: model, optimiser, ledger and position."""
+
+    def __init__(self, model: Any, windows: Windows, out: Path, config: TrainConfig, loss: Loss) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+
+        self._accelerator: Accelerator = Accelerator(mixed_precision=config.precision)
+        share, rest = divmod(config.batch_size, self._accelerator.num_processes)
+        if rest:
+            raise ConfigError(
+                f"batch_size is {config.batch_size}, "
+                f"expected a multiple of the {self._accelerator.num_processes} processes"
+            )
+        set_seed(0)
+        self._share = share
+        self._windows, self._out, self._config, self._loss = windows, out, config, loss
+        self._num_steps = len(windows) // config.batch_size
+        self._step = 0
+        out.mkdir(parents=True, exist_ok=True)
+        if self._accelerator.is_main_process:
+            _recover(out / CHECKPOINT)
+        self._accelerator.wait_for_everyone()
+        self._ledger = Ledger(out / CHECKPOINT / LEDGER)
+        self.model, self._optimizer = self._accelerator.prepare(model, _optimizer(model, config))
+
+    def resume(self) -> None:
+        """Load the last checkpoint, if there is one."""
+        folder = self._out / CHECKPOINT
+        if not folder.is_dir():
+            return
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        self._step = int(state["step"])
+        seen = self._windows[: self._step * self._config.batch_size]
+        if len(self._ledger) != len(seen) or state["num_steps"] != self._num_steps or seen[-1] not in self._ledger:
+            raise ModelFormatError(
+                f"the checkpoint in `{folder}` was made with other text or options",
+                "give the same text and options again, or another output folder",
+            )
+        self._accelerator.load_state(str(folder / "state"))
+
+    def to_the_end(self, on_step: Callable[[Progress], None] | None) -> None:
+        """Make the remaining updates, with a checkpoint now and then and one at the end."""
+        begin = saved = time.monotonic()
+        first = self._step
+        self.model.train()
+        while self._step < self._num_steps:
+            loss = self._update()
+            now = time.monotonic()
+            tokens = (self._step - first) * self._config.batch_size * self._windows.shape[1]
+            progress = Progress(self._step, self._num_steps, loss, tokens / (now - begin))
+            if self._accelerator.is_main_process:
+                self._log(progress)
+                if on_step:
+                    on_step(progress)
+            if now - saved > self._config.checkpoint_s or self._step == self._num_steps:
+                self._save()
+                saved = now
+        self.model = self._accelerator.unwrap_model(self.model).eval()
+
+    def _update(self) -> float:
+        import torch
+
+        config, first = self._config, self._step * self._config.batch_size
+        batch = self._windows[first : first + config.batch_size]
+        self._ledger.record(batch)
+        mine = batch[self._accelerator.process_index * self._share :][: self._share]
+        token_ids = torch.from_numpy(mine.astype(np.int64)).to(self._accelerator.device)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._step, self._num_steps, config)
+        with self._accelerator.autocast():
+            loss = self._loss(self.model, token_ids)
+        self._accelerator.backward(loss)
+        self._accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._step += 1
+        return float(self._accelerator.reduce(loss.detach(), "mean"))
+
+    def _log(self, progress: Progress) -> None:
+        with (self._out / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(asdict(progress)) + "\n")
+
+    def _save(self) -> None:
+        """Write a checkpoint beside the last one and put it in its place."""
+        new = self._out / (CHECKPOINT + ".new")
+        if self._accelerator.is_main_process:
+            shutil.rmtree(new, ignore_errors=True)
+        self._accelerator.wait_for_everyone()
+        self._accelerator.save_state(str(new / "state"))
+        if self._accelerator.is_main_process:
+            self._ledger.path = new / LEDGER
+            self._ledger.save()
+            (new / STATE).write_text(json.dumps({"step": self._step, "num_steps": self._num_steps}), encoding="utf-8")
+            replace_folder(new, self._out / CHECKPOINT)
+        self._accelerator.wait_for_everyone()
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put the folder `new` in the place of `old`: at any moment one of them is whole, under `old` or `old`.last."""
+    last = old.with_name(old.name + ".last")
+    shutil.rmtree(last, ignore_errors=True)
+    if old.exists():
+        os.replace(old, last)
+    os.replace(new, old)
+    shutil.rmtree(last, ignore_errors=True)
+
+
+def _recover(folder: Path) -> None:
+    """Finish a `replace_folder` that was interrupted between its two renames."""
+    last = folder.with_name(folder.name + ".last")
+    if not folder.exists() and last.exists():
+        os.replace(last, folder)
+
+
+def _optimizer(model: Any, config: TrainConfig) -> Any:
+    import torch
+
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
