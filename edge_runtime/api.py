@@ -11,7 +11,7 @@ Options are those of `config.GenerationConfig`; an unknown one raises and sugges
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -27,6 +27,7 @@ from edge_runtime.manifest import Manifest, load_manifest
 from edge_runtime.metrics import Metrics
 from edge_runtime.model import CachedModel
 from edge_runtime.stop import StopStrings
+from edge_runtime.turns import Turns
 
 if TYPE_CHECKING:
     from edge_runtime.tokenizer import Message, Tokenizer
@@ -74,8 +75,7 @@ class EdgeLLM:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, manifest: Manifest, load_s: float) -> None:
         self.engine, self.tokenizer, self.manifest, self.load_s = engine, tokenizer, manifest, load_s
-        self._turn = threading.Lock()
-        self._running: TextStream | None = None
+        self.turns = Turns()
 
     @classmethod
     def load(cls, model: str | Path, draft: str | Path | None = None, device: str = "CPU", **options: Any) -> Self:
@@ -157,25 +157,71 @@ class EdgeLLM:
         own = () if config.ignore_eos else self.manifest.eos_token_ids
         return (*own, *config.stop_token_ids)
 
-    @contextlib.contextmanager
-    def turn_of(self, stream: TextStream) -> Iterator[None]:
-        """Let one request run at a time; a half-read stream of the same thread ends, since nobody could read on."""
-        running = self._running
-        if running is not None and running.thread == stream.thread:
-            running.close()
-        with self._turn:
-            self._running = stream
-            try:
-                yield
-            finally:
-                self._running = None
-
 
 class TextStream:
     """The chunks of one request as they are generated.
 
-    `close()`, `cancel()` from another thread, or the next request of the same thread end this one; what was generated
-    stays in `result`.
+    Other threads' requests wait until it is exhausted, closed, cancelled or dropped; one of the same thread goes first,
+    and this stream continues when it is asked for its next chunk. What was generated stays in `result`.
+    """
+
+    def __init__(
+        self,
+        llm: EdgeLLM,
+        prompt_ids: list[int],
+        config: GenerationConfig,
+        on_prefill: Callable[[int, int], None] | None,
+    ) -> None:
+        self._turns = llm.turns
+        self._answer = _Answer(llm, prompt_ids, config, on_prefill)
+        self._chunks = self._answer.run()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> TextChunk:
+        if inspect.getgeneratorstate(self._chunks) == inspect.GEN_CLOSED:  # no turn is needed to say so
+            raise StopIteration
+        self._turns.take(self)
+        try:
+            return next(self._chunks)
+        except BaseException:
+            self._turns.give_back(self)
+            raise
+
+    def __del__(self) -> None:
+        self.close()
+
+    def cancel(self) -> None:
+        """End the request after the current token; may be called from any thread."""
+        self._answer.cancelled.set()
+
+    def close(self) -> None:
+        """End the request now; what follows is not generated."""
+        self._chunks.close()
+        self._turns.give_back(self)
+
+    def finish(self) -> GenerationResult:
+        """Generate the rest and return the result."""
+        for _ in self:
+            pass
+        return self.result
+
+    @property
+    def result(self) -> GenerationResult:
+        """What was generated so far; complete once the iterator is exhausted."""
+        return self._answer.result
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether a chunk is being generated right now."""
+        return inspect.getgeneratorstate(self._chunks) == inspect.GEN_RUNNING
+
+
+class _Answer:
+    """What one request has produced so far, and the generator that produces it.
+
+    Apart from `TextStream`, so that nothing but its user holds the stream: when it is dropped, the request ends.
     """
 
     def __init__(
@@ -187,36 +233,14 @@ class TextStream:
     ) -> None:
         self._llm, self._prompt_ids, self._config, self._on_prefill = llm, prompt_ids, config, on_prefill
         self._metrics = Metrics(load_s=llm.load_s)
-        self._cancelled = threading.Event()
         self._tokens: list[Token] = []
         self._text: list[str] = []
         self._finish_reason = "cancelled"
-        self.thread = 0
-        self._chunks = self._run()
-
-    def __iter__(self) -> Iterator[TextChunk]:
-        return self._chunks
-
-    def __next__(self) -> TextChunk:
-        return next(self._chunks)
-
-    def cancel(self) -> None:
-        """End the request after the current token; may be called from any thread."""
-        self._cancelled.set()
-
-    def close(self) -> None:
-        """End the request now; what follows is not generated."""
-        self._chunks.close()
-
-    def finish(self) -> GenerationResult:
-        """Generate the rest and return the result."""
-        for _ in self._chunks:
-            pass
-        return self.result
+        self.cancelled = threading.Event()
 
     @property
     def result(self) -> GenerationResult:
-        """What was generated so far; complete once the iterator is exhausted."""
+        """What was generated so far."""
         return GenerationResult(
             text="".join(self._text),
             token_ids=[token.token_id for token in self._tokens],
@@ -225,13 +249,12 @@ class TextStream:
             logprobs=None if self._config.logprobs is None else self._tokens,
         )
 
-    def _run(self) -> Generator[TextChunk, None, None]:
-        self.thread = threading.get_ident()
-        with self._llm.turn_of(self):
-            try:
-                yield from self._generate()
-            except _CancelledError:
-                return
+    def run(self) -> Generator[TextChunk, None, None]:
+        """Generate."""
+        try:
+            yield from self._generate()
+        except _CancelledError:
+            return
 
     def _generate(self) -> Iterator[TextChunk]:
         config = self._config
@@ -246,7 +269,7 @@ class TextStream:
             if stop.is_found:
                 self._finish_reason = "stop"
                 return
-            if self._cancelled.is_set():
+            if self.cancelled.is_set():
                 return
         at_limit = len(self._tokens) >= config.max_new_tokens
         yield self._chunk(stop.push(decoder.flush()) + stop.flush(), None)
@@ -261,7 +284,7 @@ class TextStream:
         return TextChunk(text, token)
 
     def _check_cancelled(self, done: int, wanted: int) -> None:
-        if self._cancelled.is_set():
+        if self.cancelled.is_set():
             raise _CancelledError
         if self._on_prefill:
             self._on_prefill(done, wanted)

@@ -57,6 +57,7 @@ class Engine:
         self.target = target
         self._costs = TargetCosts()
         self._lookup = _Source(PromptLookup(), Pacing(self._costs))
+        self.current: _Request | None = None
         self._draft = draft and _Source(DraftModel(draft, target.model.vocab_size), Pacing(self._costs))
 
     def generate(
@@ -138,6 +139,7 @@ class _Request:
             rows, proposal = self._step()
 
     def _prefill(self) -> Rows:
+        self._engine.current = self
         self._target.model.reserve(min(self._end, len(self._ids) + 1024))
         self._metrics.reused_tokens = self._target.align(self._ids)
         rows = self._target.catch_up(self._ids, self._metrics.reused_tokens, self._on_chunk)
@@ -146,6 +148,8 @@ class _Request:
 
     def _step(self) -> tuple[Rows, Proposal]:
         """Draft, run the target once over the last token and the draft, and verify."""
+        if self._engine.current is not self:
+            self._resume()
         begin = time.perf_counter()
         proposal, source, lag = self._propose()
         drafted_at = time.perf_counter()
@@ -162,6 +166,13 @@ class _Request:
             self._engine.record_drafted_step(source, width, accepted, drafted_at - begin, end - drafted_at, lag)
         self._metrics.count_block(width - 1, self._block.num_accepted)
         return rows, proposal
+
+    def _resume(self) -> None:
+        """Read the sequence again, after another request used the models."""
+        self._target.catch_up(self._ids[:-1], 0, self._on_chunk)
+        for source in self._sources:
+            source.drafter.start(self._ids)
+        self._engine.current = self
 
     def _propose(self) -> tuple[Proposal, _Source | None, int]:
         """Ask the sources in turn; return the first draft with its source and the tokens it had to read before."""
@@ -184,14 +195,16 @@ class _Request:
 
     def _emit(self, rows: Rows, proposal: Proposal) -> Iterator[Token]:
         """Yield the verified tokens up to a stop rule."""
-        for index, token_id in enumerate(self._block.token_ids):
-            if token_id in self._stop:
+        # All of them first: while this request waits between two tokens, another may overwrite the model's rows.
+        tokens = [self._token(token_id, index, rows) for index, token_id in enumerate(self._block.token_ids)]
+        for token in tokens:
+            if token.token_id in self._stop:
                 self._is_done = True
                 return
-            self._ids.append(token_id)
+            self._ids.append(token.token_id)
             self._count_token()
             self._is_done = len(self._ids) >= self._end
-            yield self._token(token_id, index, rows)
+            yield token
             if self._is_done:
                 return
 

@@ -7,17 +7,24 @@ generator could have answered, which turns a test of a sampling rule into exact 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
+from tokenizers import decoders, models, pre_tokenizers
 
+from edge_runtime.api import EdgeLLM
 from edge_runtime.config import GenerationConfig
 from edge_runtime.engine import Engine, Token
+from edge_runtime.manifest import Manifest
 from edge_runtime.metrics import Metrics
 from edge_runtime.model import CachedModel, Rows
+from edge_runtime.tokenizer import Tokenizer
 
 SPREAD = 2.0
 """Standard deviation of the logits: distributions with a few likely tokens and a long tail."""
@@ -108,6 +115,33 @@ def generate(
 ) -> Iterator[Token]:
     """Start a request on an engine."""
     return engine.generate(list(prompt), config, stop, metrics)
+
+
+LETTERS = "abcdefghijklmnopqrstuvwx"
+"""One token each, in this order, for models of 24 tokens."""
+
+
+def letter_tokenizer(folder: Path) -> Tokenizer:
+    """Return a tokenizer whose tokens are letters, so that texts and token ids are easily told from each other."""
+    made = tokenizers.Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="a"))
+    made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    made.decoder = decoders.Fuse()
+    made.save(str(folder / "tokenizer.json"))
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return Tokenizer(folder)
+
+
+def make_llm(folder: Path, engine: Engine, eos_token_ids: Sequence[int] = ()) -> EdgeLLM:
+    """Return the public interface over an engine of fake models; `folder` takes its tokenizer."""
+    model = engine.target.model
+    manifest = Manifest(
+        architecture="table",
+        context_length=model.context_length,
+        vocab_size=model.vocab_size,
+        eos_token_ids=tuple(eos_token_ids),
+    )
+    return EdgeLLM(engine, letter_tokenizer(folder), manifest, 0.0)
 
 
 class EnumeratedRandom:
