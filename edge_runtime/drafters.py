@@ -104,10 +104,14 @@ class PromptLookup:
         return 0
 
     def propose(self, token_ids: list[int], num_draft_tokens: int, sampler: Sampler) -> Proposal:
-        """Copy up to `num_draft_tokens` tokens; none where nothing repeats."""
+        """Copy `num_draft_tokens` tokens; none where nothing repeats."""
         self._index(token_ids)
         end = self._longest_match(token_ids)
-        return NO_PROPOSAL if end is None else Proposal.of_copied(token_ids[end : end + num_draft_tokens])
+        if end is None:
+            return NO_PROPOSAL
+        # A match that reaches to the end repeats itself: what is copied is copied again, as in LZ77.
+        period = len(token_ids) - end
+        return Proposal.of_copied([token_ids[end + i % period] for i in range(num_draft_tokens)])
 
     def _index(self, token_ids: list[int]) -> None:
         """Index every run that ends before the last token, so that it has a continuation."""
