@@ -14,8 +14,9 @@ from __future__ import annotations
 import inspect
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -132,11 +133,12 @@ class EdgeLLM:
             An iterator of chunks, whose `result` is complete once it is exhausted, closed or cancelled.
         """
         config = GenerationConfig.from_options(**options)
+        self._check_config(config)
         if isinstance(prompt, str) and not prompt:
             raise ConfigError("the prompt is empty", "give at least one character")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token_id) for token_id in prompt]
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
         check_prompt(ids, self.engine.target.model.context_length)
-        _check_ids(ids, self.engine.target.model.vocab_size)
+        self._check_ids("the prompt", ids)
         return TextStream(self, ids, config, on_prefill)
 
     def chat(self, messages: str | Sequence[Message], **options: Any) -> GenerationResult:
@@ -156,6 +158,24 @@ class EdgeLLM:
         """Return the ids that end an answer of this request."""
         own = () if config.ignore_eos else self.manifest.eos_token_ids
         return (*own, *config.stop_token_ids)
+
+    def _check_config(self, config: GenerationConfig) -> None:
+        """Refuse what this model cannot honour."""
+        self._check_ids("stop_token_ids", config.stop_token_ids)
+        self._check_ids("logit_bias", config.logit_bias)
+        if config.num_draft_tokens not in ("auto", 0) and not self.engine.sources(config):
+            raise ConfigError(
+                f"num_draft_tokens is {config.num_draft_tokens}, but nothing drafts", "load a draft, or set `lookup`"
+            )
+
+    def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
+        vocab_size = self.engine.target.model.vocab_size
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise ConfigError(
+                    f"{name} holds token id {token_id}, the model's ids go from 0 to {vocab_size - 1}",
+                    "use the model's own tokenizer",
+                )
 
 
 class TextStream:
@@ -333,10 +353,12 @@ def _load_model(folder: Path, manifest: Manifest, device: str, config: LoadConfi
     return CachedModel(PagedModel(folder, manifest, check_device(device), config), config.prefill_chunk_size)
 
 
-def _check_ids(token_ids: Sequence[int], vocab_size: int) -> None:
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise ConfigError(
-                f"the prompt holds token id {token_id}, the model's ids go from 0 to {vocab_size - 1}",
-                "encode the prompt with the model's own tokenizer",
-            )
+def _as_ids(prompt: Any) -> list[int]:
+    """Return a prompt that is not text as token ids."""
+    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
+        raise ConfigError(f"the prompt is a {type(prompt).__name__}, expected text or token ids")
+    ids = list(prompt)
+    for token_id in ids:
+        if not isinstance(token_id, Integral):
+            raise ConfigError(f"the prompt holds {token_id!r}, expected text or token ids")
+    return [int(token_id) for token_id in ids]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -102,6 +102,9 @@ class Tokenizer:
         """
         import jinja2
 
+        for message in messages:
+            if not isinstance(message, Mapping) or not message.keys() >= {"role", "content"}:
+                raise ConfigError(f"a message is {message!r:.60}, expected a dictionary with role and content")
         if self._template is None:
             raise ConfigError(
                 f"the model in `{self._path.parent}` has no chat template", "use `edge-run generate`, or a chat model"

@@ -1,0 +1,240 @@
+"""What a user sees: texts, reasons to stop, and every option honoured or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_runtime.api import EdgeLLM, GenerationResult
+from edge_runtime.config import GenerationConfig
+from edge_runtime.errors import ConfigError, ContextOverflowError
+from tests.runtime.fakes import LETTERS, blended_table, make_engine, make_llm, random_table
+
+TARGET = random_table(24, 1)
+DRAFT = blended_table(TARGET, random_table(24, 2), 0.4)
+PROMPT = "abcx"
+
+
+@pytest.fixture
+def llm(tmp_path) -> EdgeLLM:
+    """A target with a draft."""
+    return make_llm(tmp_path, make_engine(TARGET, DRAFT))
+
+
+@pytest.fixture
+def plain(tmp_path_factory) -> EdgeLLM:
+    """The target alone."""
+    return make_llm(tmp_path_factory.mktemp("plain"), make_engine(TARGET))
+
+
+def test_stream_and_generate_give_the_same(llm):
+    chunks = list(llm.stream(PROMPT, max_new_tokens=20))
+    result = llm.generate(PROMPT, max_new_tokens=20)
+    assert "".join(chunk.text for chunk in chunks) == result.text
+    assert [chunk.token.token_id for chunk in chunks[:-1]] == result.token_ids
+    assert chunks[-1].token is None
+    assert result.text == "".join(LETTERS[i] for i in result.token_ids)
+
+
+def test_prompt_as_text_and_as_ids_are_the_same(llm):
+    ids = [LETTERS.index(letter) for letter in PROMPT]
+    wanted = llm.generate(PROMPT, max_new_tokens=10).text
+    for prompt in (ids, tuple(ids), np.array(ids), (i for i in ids)):
+        assert llm.generate(prompt, max_new_tokens=10).text == wanted
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ("", "the prompt is empty"),
+        ([], "the prompt is empty"),
+        (None, "the prompt is a NoneType, expected text or token ids"),
+        (5, "the prompt is a int, expected text or token ids"),
+        (b"abc", "the prompt is a bytes, expected text or token ids"),
+        ([1.5], "the prompt holds 1.5, expected text or token ids"),
+        (["a"], "the prompt holds 'a', expected text or token ids"),
+        ([1, 24], "the prompt holds token id 24, the model's ids go from 0 to 23"),
+        ([-1], "the prompt holds token id -1, the model's ids go from 0 to 23"),
+    ],
+)
+def test_bad_prompt_is_refused_before_anything_runs(llm, prompt, told):
+    """Bytes are iterable as numbers, and half a token used to be rounded down."""
+    with pytest.raises(ConfigError) as caught:
+        llm.stream(prompt)
+    assert str(caught.value) == told
+
+
+def test_prompt_that_fills_the_context_is_refused(tmp_path):
+    llm = make_llm(tmp_path, make_engine(TARGET, context_length=10))
+    with pytest.raises(ContextOverflowError, match="the prompt has 10 tokens, the model's context holds 10"):
+        llm.generate("a" * 10)
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 1, 4])
+def test_reason_to_stop_is_told(tmp_path_factory, num_draft_tokens):
+    def load(**options: Any) -> EdgeLLM:
+        eos = options.pop("eos", ())
+        return make_llm(tmp_path_factory.mktemp("x"), make_engine(TARGET, DRAFT, **options), eos)
+
+    def reason(llm: EdgeLLM, **options: Any) -> tuple[str, int]:
+        result = llm.generate(PROMPT, **{"max_new_tokens": 20, "num_draft_tokens": num_draft_tokens, **options})
+        return result.finish_reason, len(result.token_ids)
+
+    ids = load().generate(PROMPT, max_new_tokens=20).token_ids
+    at = next(i for i in range(6, 20) if ids[i] not in ids[:i])
+    assert reason(load()) == ("length", 20)
+    assert reason(load(context_length=10)) == ("length", 6)
+    assert reason(load(eos=[ids[at]])) == ("stop", at)
+    assert reason(load(eos=[ids[at]]), max_new_tokens=at) == ("length", at)
+    assert reason(load(eos=[ids[at]]), ignore_eos=True) == ("length", 20)
+    assert reason(load(), stop_token_ids=[ids[at]]) == ("stop", at)
+    assert reason(load(), stop=LETTERS[ids[at]]) == ("stop", at + 1)
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 1, 2, 3, 5, 8, "auto"])
+def test_stop_string_ends_the_answer_wherever_blocks_end(llm, plain, num_draft_tokens):
+    """Of one to four tokens, at every place: the text ends before it, and no token after it is kept."""
+    text = plain.generate(PROMPT, max_new_tokens=30).text
+    for start in range(0, 20, 3):
+        for size in (1, 2, 4):
+            stop = text[start : start + size]
+            result = llm.generate(PROMPT, max_new_tokens=30, stop=[stop], num_draft_tokens=num_draft_tokens)
+            assert result.text == text[: text.index(stop)]
+            assert len(result.token_ids) == text.index(stop) + size
+            assert result.finish_reason == "stop"
+
+
+def test_stop_string_that_never_completes_is_shown_at_the_end(llm, plain):
+    """Text that was held back because a stop string might have begun."""
+    text = plain.generate(PROMPT, max_new_tokens=12).text
+    result = llm.generate(PROMPT, max_new_tokens=12, stop=[text[-2:] + "?"])
+    assert (result.text, result.finish_reason) == (text, "length")
+
+
+def test_chat_reuses_earlier_turns(llm, plain):
+    """The answer equals that of a model that has seen nothing before."""
+    messages = [{"role": "user", "content": "abcab"}]
+    first = llm.chat(messages, max_new_tokens=10)
+    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "qrs"}]
+    second = llm.chat(messages, max_new_tokens=10)
+    assert second.metrics.reused_tokens == 5 + 10 - 1
+    assert second.text == plain.generate("abcab" + first.text + "qrs", max_new_tokens=10).text
+
+
+def test_chat_of_one_message_may_be_a_string(llm):
+    wanted = llm.chat([{"role": "user", "content": "abc"}], max_new_tokens=5).text
+    assert llm.chat("abc", max_new_tokens=5).text == wanted
+    assert llm.stream_chat("abc", max_new_tokens=5).finish().text == wanted
+
+
+@pytest.mark.parametrize("messages", [["abc"], [{"role": "user"}], [{"content": "abc"}], [None]])
+def test_message_without_role_or_content_is_refused(llm, messages):
+    """A template would render a missing entry as nothing."""
+    with pytest.raises(ConfigError, match="expected a dictionary with role and content"):
+        llm.chat(messages)
+
+
+def test_unknown_option_names_the_nearest(llm):
+    """mlx-lm and nano-vllm drop options that they do not know."""
+    for call in (llm.generate, llm.stream, llm.chat, llm.stream_chat):
+        with pytest.raises(ConfigError, match="unknown option `temprature`") as caught:
+            call("abc", temprature=1.0)
+        assert caught.value.hint == "did you mean `temperature`?"
+
+
+@pytest.mark.parametrize("options", [{"stop_token_ids": [24]}, {"logit_bias": {24: 1.0}}])
+def test_token_id_that_the_model_lacks_is_refused(llm, options):
+    """It would never stop anything, and bias nothing."""
+    with pytest.raises(ConfigError, match="holds token id 24, the model's ids go from 0 to 23"):
+        llm.generate(PROMPT, **options)
+
+
+def test_drafting_without_a_draft_is_refused(plain):
+    """Plain decoding would be something else than was asked for."""
+    with pytest.raises(ConfigError, match="num_draft_tokens is 4, but nothing drafts") as caught:
+        plain.generate(PROMPT, num_draft_tokens=4)
+    assert caught.value.hint
+    for options in ({"num_draft_tokens": 0}, {"num_draft_tokens": "auto"}, {"num_draft_tokens": 4, "lookup": True}):
+        plain.generate(PROMPT, max_new_tokens=2, **options)
+
+
+# --- every option is honoured ---------------------------------------------------------------------------------------
+
+
+def positions(result: GenerationResult) -> int:
+    """Return the longest block that was drafted."""
+    return len(result.metrics.proposed_by_position)
+
+
+def spread(result: GenerationResult) -> int:
+    """Return how many different tokens an answer has."""
+    return len(set(result.token_ids))
+
+
+def acceptance(ask: Callable[..., GenerationResult], **options: Any) -> float:
+    """Return the acceptance over an answer so long that it repeats itself."""
+    return ask(max_new_tokens=200, **options).metrics.acceptance_rate
+
+
+def distinct(results: list[GenerationResult]) -> int:
+    return len({tuple(result.token_ids) for result in results})
+
+
+Ask = Callable[..., GenerationResult]
+SAMPLED = {"temperature": 1.5, "num_draft_tokens": 3}
+
+
+def many(ask: Ask, **options: Any) -> list[GenerationResult]:
+    """Return sampled answers for several seeds."""
+    return [ask(**{**SAMPLED, "seed": seed, **options}) for seed in range(8)]
+
+
+def is_greedy(ask: Ask, **options: Any) -> bool:
+    """Whether sampling with these options leaves only the most likely token."""
+    return {tuple(result.token_ids) for result in many(ask, **options)} == {tuple(ask().token_ids)}
+
+
+HONOURED: dict[str, Callable[[Ask], bool]] = {
+    "max_new_tokens": lambda ask: len(ask(max_new_tokens=7).token_ids) == 7,
+    "temperature": lambda ask: distinct(many(ask)) == 8 and is_greedy(ask, temperature=1e-6),
+    "top_k": lambda ask: is_greedy(ask, top_k=1),
+    "top_p": lambda ask: is_greedy(ask, top_p=1e-6),
+    "min_p": lambda ask: is_greedy(ask, min_p=1.0),
+    "repetition_penalty": lambda ask: spread(ask(repetition_penalty=5.0)) > spread(ask()),
+    "presence_penalty": lambda ask: spread(ask(presence_penalty=50.0)) == 20,
+    "frequency_penalty": lambda ask: spread(ask(frequency_penalty=50.0)) == 20,
+    "logit_bias": lambda ask: ask(logit_bias={5: 100.0}).token_ids == [5] * 20,
+    "seed": lambda ask: distinct([ask(**SAMPLED, seed=3) for _ in range(5)]) == 1,
+    "stop": lambda ask: ask(stop=LETTERS[ask().token_ids[4]]).finish_reason == "stop",
+    "stop_token_ids": lambda ask: ask(stop_token_ids=[ask().token_ids[4]]).finish_reason == "stop",
+    "ignore_eos": lambda ask: len(ask(ignore_eos=True).token_ids) > len(ask(ignore_eos=False).token_ids),
+    "logprobs": lambda ask: len(ask(logprobs=2).logprobs[0].top_logprobs) == 2 and ask().logprobs is None,
+    "num_draft_tokens": lambda ask: [positions(ask(num_draft_tokens=k)) for k in (0, 1, 5)] == [0, 1, 5],
+    "max_draft_tokens": lambda ask: positions(ask(max_draft_tokens=1, num_draft_tokens="auto")) <= 1,
+    "lookup": lambda ask: (
+        ask(lookup=True, num_draft_tokens=2).metrics.draft_s < ask(num_draft_tokens=2).metrics.draft_s
+    ),
+}
+
+
+def test_every_option_has_its_effect_here():
+    assert set(HONOURED) == {field.name for field in dataclasses.fields(GenerationConfig)}
+
+
+@pytest.mark.parametrize("option", HONOURED)
+def test_option_is_honoured_while_speculating(option, tmp_path):
+    """mlx-lm drops `max_kv_size` when a draft is given."""
+    eos = [LETTERS.index("k")] if option == "ignore_eos" else []
+    table = TARGET.copy()
+    if option == "ignore_eos":
+        table[:, LETTERS.index("x"), eos[0]] = 50.0  # the first token ends the answer
+    llm = make_llm(tmp_path, make_engine(table, random_table(24, 2)), eos)
+
+    def ask(**options: Any) -> GenerationResult:
+        return llm.generate(PROMPT, **{"max_new_tokens": 20, "num_draft_tokens": 2, **options})
+
+    assert HONOURED[option](ask)
