@@ -214,10 +214,8 @@ HONOURED: dict[str, Callable[[Ask], bool]] = {
     "ignore_eos": lambda ask: len(ask(ignore_eos=True).token_ids) > len(ask(ignore_eos=False).token_ids),
     "logprobs": lambda ask: len(ask(logprobs=2).logprobs[0].top_logprobs) == 2 and ask().logprobs is None,
     "num_draft_tokens": lambda ask: [positions(ask(num_draft_tokens=k)) for k in (0, 1, 5)] == [0, 1, 5],
-    "max_draft_tokens": lambda ask: positions(ask(max_draft_tokens=1, num_draft_tokens="auto")) <= 1,
-    "lookup": lambda ask: (
-        ask(lookup=True, num_draft_tokens=2).metrics.draft_s < ask(num_draft_tokens=2).metrics.draft_s
-    ),
+    "max_draft_tokens": lambda ask: positions(ask(num_draft_tokens="auto", max_draft_tokens=3)) == 3,
+    "lookup": lambda ask: acceptance(ask, lookup=True) > acceptance(ask, lookup=False),
 }
 
 
