@@ -46,7 +46,7 @@ _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24}
 # positions. The first name is the transformers config class.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
-    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mistral": ("MistralConfig", {"sliding_window": 24}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
     "phi3": ("Phi3Config", {"pad_token_id": 0, "sliding_window": None}),

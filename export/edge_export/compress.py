@@ -1,9 +1,16 @@
 """Weights in 8 or 4 bits, through NNCF, on the finished graph: the same path whatever the model came from.
 
 int8 is one scale and zero point for each output channel. int4 has one for each group of `group_size` weights along the
-input axis; embeddings and the last layer stay int8, where 4 bits cost the most quality. Without data the grid is fitted
-to the weights alone; with a text, AWQ (Lin et al. 2023, arXiv 2306.00978) rescales channels by how large their
-activations are, and scale estimation refines the grid against real activations.
+input axis; embeddings and the last layer get int8, where 4 bits cost the most quality.
+
+Without data the grid is fitted to the weights alone. With a text it is fitted to what the layers compute on it:
+
+- `gptq` rounds column by column and lets later columns make up for the error (Frantar et al. 2022, arXiv 2210.17323).
+- `awq` rescales channels by the size of their activations (Lin et al. 2023, arXiv 2306.00978) and refines the scales.
+
+Measured on a Llama of 0.9 M parameters trained on TinyStories, KL to f32 on held-out text: groups of 32, without data
+0.043, awq 0.051, gptq 0.019; whole channels 0.089, 0.062, 0.030. gptq is the default for that. It takes 4 times as
+long: 133 s against 31 s for 76 M parameters on two shared cores.
 """
 
 from __future__ import annotations
@@ -11,6 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,55 +29,81 @@ if TYPE_CHECKING:
     import openvino as ov
 
 WEIGHTS = ("fp32", "fp16", "int8", "int4")
-CALIBRATION_WINDOW = 256
+CALIBRATION_METHODS: dict[str, dict[str, bool]] = {
+    "gptq": {"gptq": True},
+    "awq": {"awq": True, "scale_estimation": True},
+}
+CALIBRATION_WINDOW = 128
 """Tokens of one calibration sample."""
 MAX_CALIBRATION_WINDOWS = 64
 SMALLEST_GROUP = 8
 
 
-def check_options(weights: str, group_size: int, *, symmetric: bool, calibrated: bool) -> None:
-    """Raise ConfigError for a weight format that does not exist, or options that would have no effect on it."""
-    if weights not in WEIGHTS:
-        raise ConfigError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
-    if group_size != -1 and group_size < SMALLEST_GROUP:
-        raise ConfigError(f"group_size is {group_size}, expected at least {SMALLEST_GROUP}, or -1 for whole channels")
-    if calibrated and weights != "int4":
-        raise ConfigError(f"calibration_text was given with {weights} weights", "it serves int4: add --weights int4")
-    if symmetric and weights not in ("int8", "int4"):
-        raise ConfigError(f"symmetric was asked for with {weights} weights", "it serves int8 and int4")
+@dataclass(frozen=True, kw_only=True)
+class WeightFormat:
+    """How weights are to be stored.
+
+    Attributes:
+        weights: `fp32`, `fp16`, `int8` or `int4`.
+        group_size: Weights along the input axis that share a scale, with int4; -1 for whole output channels.
+        symmetric: No zero points in int8 and int4.
+        calibration_method: `gptq` or `awq`, with int4 and a calibration text.
+    """
+
+    weights: str = "int8"
+    group_size: int = 128
+    symmetric: bool = False
+    calibration_method: str = "gptq"
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise ConfigError(f"weights is {self.weights!r}, expected one of {', '.join(WEIGHTS)}")
+        if self.group_size != -1 and self.group_size < SMALLEST_GROUP:
+            raise ConfigError(
+                f"group_size is {self.group_size}, expected at least {SMALLEST_GROUP}, or -1 for whole channels"
+            )
+        if self.symmetric and self.weights not in ("int8", "int4"):
+            raise ConfigError(f"symmetric was asked for with {self.weights} weights", "it serves int8 and int4")
+        if self.calibration_method not in CALIBRATION_METHODS:
+            raise ConfigError(
+                f"calibration_method is {self.calibration_method!r}, expected {' or '.join(CALIBRATION_METHODS)}"
+            )
 
 
-def compress(
-    model: ov.Model, weights: str, group_size: int, *, symmetric: bool = False, windows: Sequence[Sequence[int]] = ()
-) -> ov.Model:
-    """Return the model with int8 or int4 weights.
+def compress(model: ov.Model, form: WeightFormat, windows: Sequence[Sequence[int]] = ()) -> ov.Model:
+    """Return the model with its weights in another format.
 
     Args:
         model: A stateful decoder; it is consumed.
-        weights: `int8` or `int4`.
-        group_size: Of int4 along the input axis; -1 for one group per output channel.
-        symmetric: No zero points; what NPUs need.
-        windows: Token ids of calibration samples; empty for a fit to the weights alone.
+        form: The format.
+        windows: Token ids of calibration samples for int4; empty for a fit to the weights alone.
 
     Raises:
-        ExportError: `group_size` does not divide a layer's input.
+        ExportError: The group size does not divide a layer's input.
     """
+    if form.weights == "fp32":
+        return model
+    return _halve(model) if form.weights == "fp16" else _quantize(model, form, windows)
+
+
+def _quantize(model: ov.Model, form: WeightFormat, windows: Sequence[Sequence[int]]) -> ov.Model:
     import nncf
 
-    kind = "SYM" if symmetric else "ASYM"
-    options: dict[str, Any] = {"mode": getattr(nncf.CompressWeightsMode, f"{weights.upper()}_{kind}")}
-    if weights == "int4":
-        options.update(group_size=group_size, ratio=1.0)
+    kind = "SYM" if form.symmetric else "ASYM"
+    options: dict[str, Any] = {"mode": getattr(nncf.CompressWeightsMode, f"{form.weights.upper()}_{kind}")}
+    if form.weights == "int4":
+        backup = nncf.BackupMode.INT8_SYM if form.symmetric else nncf.BackupMode.INT8_ASYM
+        options.update(group_size=form.group_size, ratio=1.0, backup_mode=backup)
     if windows:
         dataset = nncf.Dataset(list(_samples(model, windows)))
-        options.update(dataset=dataset, subset_size=len(windows), awq=True, scale_estimation=True)
+        options.update(dataset=dataset, subset_size=len(windows), **CALIBRATION_METHODS[form.calibration_method])
     try:
         return nncf.compress_weights(model, **options)
     except nncf.InvalidGroupSizeError as error:
-        raise _group_size_error(group_size, str(error)) from error
+        raise _group_size_error(form.group_size, str(error)) from error
 
 
-def halve(model: ov.Model) -> ov.Model:
+def _halve(model: ov.Model) -> ov.Model:
     """Store the weight matrices in f16, in place, and return the model.
 
     OpenVINO's `compress_to_fp16` would round the rotary frequencies as well: at position 10,000 an angle is then wrong

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edge_runtime
-from edge_export import compress, onnx_source, torch_source, verify
+from edge_export import onnx_source, torch_source, verify
+from edge_export.compress import WeightFormat, calibration_windows, compress
 from edge_export.quiet import quiet
 from edge_export.sources import Source, open_source, unsupported
 from edge_export.staging import check_free_disk, check_output, staged
@@ -79,7 +80,8 @@ def export_model(
     weights: str = "int8",
     group_size: int = 128,
     symmetric: bool = False,
-    calibration_text: Path | None = None,
+    calibration_text: str | Path | None = None,
+    calibration_method: str = "gptq",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -91,7 +93,8 @@ def export_model(
         weights: `fp32`, `fp16`, `int8` or `int4`.
         group_size: Weights that share a scale, with int4; -1 for whole output channels.
         symmetric: No zero points in int8 and int4: somewhat less exact, but what NPUs run.
-        calibration_text: A text like what the model will read; int4 weights are then fitted to its activations.
+        calibration_text: A text file like what the model will read; int4 weights are then fitted to it.
+        calibration_method: `gptq`, or `awq`, which is faster.
         overwrite: Replace a folder that exists.
         progress: Called as each stage begins.
 
@@ -101,7 +104,11 @@ def export_model(
         DownloadError: `source` is a hub id and the hub does not give it out.
     """
     output = Path(output)
-    compress.check_options(weights, group_size, symmetric=symmetric, calibrated=calibration_text is not None)
+    form = WeightFormat(
+        weights=weights, group_size=group_size, symmetric=symmetric, calibration_method=calibration_method
+    )
+    if calibration_text and weights != "int4":
+        raise ConfigError(f"calibration_text was given with {weights} weights", "it serves int4: add --weights int4")
     check_output(output, overwrite=overwrite)
 
     def stage(name: str) -> AbstractContextManager[None]:
@@ -123,9 +130,8 @@ def export_model(
             converted = _convert(origin, weights, token_ids, folder / "work")
             verify.check_windows(converted.model, config)
         with stage("compress"):
-            model = _compressed(converted.model, weights, group_size, symmetric, windows)
-            _save_ir(model, folder)
-            manifest = _manifest(folder, origin, config, converted, weights, group_size)
+            _save_ir(compress(converted.model, form, windows), folder)
+            manifest = _manifest(folder, origin, config, converted, form)
             manifest.save(folder)
         with stage("verify"):
             verification = verify.verify_logits(folder, manifest, converted.token_ids, converted.reference)
@@ -187,14 +193,14 @@ def _context_length(config: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def _calibration_windows(text: Path | None, tokenizer: Tokenizer, config: Any) -> list[list[int]]:
+def _calibration_windows(text: str | Path | None, tokenizer: Tokenizer, config: Any) -> list[list[int]]:
     if text is None:
         return []
     try:
-        content = text.read_text(encoding="utf-8")
+        content = Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"calibration_text `{text}` cannot be read: {error}", "give a UTF-8 text file") from error
-    return compress.calibration_windows(tokenizer.encode(content), _context_length(config))
+    return calibration_windows(tokenizer.encode(content), _context_length(config))
 
 
 def _convert(source: Source, weights: str, token_ids: NDArray[np.int64], work: Path) -> _Converted:
@@ -215,30 +221,20 @@ def _convert(source: Source, weights: str, token_ids: NDArray[np.int64], work: P
     return _Converted(model=model, token_ids=token_ids, reference=reference, num_parameters=count)
 
 
-def _compressed(model: ov.Model, weights: str, group_size: int, symmetric: bool, windows: list[list[int]]) -> ov.Model:
-    if weights == "fp32":
-        return model
-    if weights == "fp16":
-        return compress.halve(model)
-    return compress.compress(model, weights, group_size, symmetric=symmetric, windows=windows)
-
-
 def _save_ir(model: ov.Model, folder: Path) -> None:
     import openvino as ov
 
     ov.save_model(model, folder / MODEL_NAME, compress_to_fp16=False)
 
 
-def _manifest(
-    folder: Path, source: Source, config: Any, converted: _Converted, weights: str, group_size: int
-) -> Manifest:
+def _manifest(folder: Path, source: Source, config: Any, converted: _Converted, form: WeightFormat) -> Manifest:
     """Say what the runtime must know: tokens that end an answer as it reads them itself, and what only we know."""
     return dataclasses.replace(
         load_manifest(folder),
         context_length=_context_length(config),
         vocab_size=int(converted.reference.shape[-1]),
-        weights=weights,
-        group_size=group_size if weights == "int4" else None,
+        weights=form.weights,
+        group_size=form.group_size if form.weights == "int4" else None,
         num_parameters=converted.num_parameters,
         source=source.name,
         versions={"edge-runtime": edge_runtime.__version__, **{name: version(name) for name in _MADE_WITH}},

@@ -148,5 +148,5 @@ def _logits(model: PagedModel, token_ids: list[int]) -> NDArray[np.float32]:
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    log_sum: NDArray[np.float64] = np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
-    return shifted - log_sum
+    result: NDArray[np.float64] = shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+    return result
