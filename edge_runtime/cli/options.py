@@ -92,8 +92,8 @@ _OPTIONS: dict[str, _Option] = {
     "cache_dir": _Option(DEVICE, str, "FOLDER", "Keep compiled models here, to load faster the next time."),
 }
 
-# A field's name in a message: its first word, or any with an underscore; `device` and `stop` are ordinary words too.
-_FIELD = re.compile("|".join(rf"\b{name}\b" if "_" in name else rf"^{name}\b" for name in _OPTIONS))
+# A field's name in a message: its first word, in backticks, or with an underscore; `stop` may be an ordinary word.
+_FIELD = re.compile("|".join(rf"\b{name}\b" if "_" in name else rf"^{name}\b|(?<=`){name}(?=`)" for name in _OPTIONS))
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class ModelOptions:
         """Turn the words of a command line into checked options.
 
         Raises:
-            ConfigError: No model is named, or a value is bad; the message names the flag.
+            ConfigError: No model is named, or a value is bad.
         """
         if not model:
             raise ConfigError(
@@ -142,7 +142,11 @@ def with_model_options(*left_out: str) -> Callable[[Callable[..., None]], Callab
         @functools.wraps(command)
         def with_options(model: str | None, draft: str | None, **values: Any) -> None:
             words = {name: values.pop(name) for name in _OPTIONS if name in values}
-            command(**values, options=ModelOptions.parse(model, draft, words))
+            try:
+                command(**values, options=ModelOptions.parse(model, draft, words))
+            except ConfigError as error:
+                hint = error.hint or "`--help` says what each option means"
+                raise ConfigError(_with_flags(str(error)), _with_flags(hint)) from error
 
         parameters = [p for name, p in own.parameters.items() if name != "options"]
         with_options.__signature__ = own.replace(parameters=[*parameters, *shared])  # type: ignore[attr-defined]
@@ -157,13 +161,14 @@ def flag_of(field_name: str) -> str:
     return flags[-1] if flags else "--" + field_name.replace("_", "-")
 
 
+def _with_flags(message: str) -> str:
+    """Say flags where the Python API says field names."""
+    return _FIELD.sub(lambda field: flag_of(field[0]), message)
+
+
 def _checked(config: type[LoadConfig | GenerationConfig], given: dict[str, Any]) -> dict[str, Any]:
     values = {name: given[name] for name in _defaults(config) if name in given}
-    try:
-        config.from_options(**values)
-    except ConfigError as error:
-        message = _FIELD.sub(lambda field: flag_of(field[0]), str(error))
-        raise ConfigError(message, error.hint or "`--help` says what each option means") from error
+    config.from_options(**values)
     return values
 
 

@@ -134,6 +134,13 @@ def test_bad_value_names_the_flag(refused, args, said):
     assert said in refused(2, "generate", "-m", "nowhere", *args, "x")
 
 
+def test_what_the_model_refuses_names_the_flags(refused, model):
+    """Known only when it is loaded."""
+    said = refused(2, "generate", "-m", model, "--num-draft-tokens", 4, "x")
+    assert "error: --num-draft-tokens is 4, but nothing drafts" in said
+    assert "`--lookup`" in said
+
+
 def raises(error):
     def load(*args, **options):
         raise error
