@@ -103,6 +103,10 @@ def _clone_parameter(layer: ov.Node, port: int, group: int) -> ov.Node:
 
 def _keep_wanted_rows(model: ov.Model) -> None:
     """Gather the wanted rows before the last matrix product."""
+    if not any("logits" in output.get_names() for output in model.outputs):
+        raise ModelFormatError(
+            "the model has no output `logits`, so it is not a language model", "export it with `edge-run export`"
+        )
     node = model.output("logits").get_node().input_value(0).get_node()
     while node.get_type_name() in ROW_WISE_OPS:
         node = next(
