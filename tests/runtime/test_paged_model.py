@@ -1,0 +1,216 @@
+"""Speculation over real graphs: five architectures, in float32, token for token.
+
+Weights are random with logits spread over several units, so near-ties, where rounding could decide, do not occur.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_runtime.api import EdgeLLM
+from edge_runtime.manifest import load_manifest
+from tests.tiny_models import SENTENCES, export_tiny
+
+FAMILIES = ("llama", "qwen3", "phi3", "gemma3", "gpt2")
+LENGTHS = (1, 3, 5, 8, "auto")
+BLOCK = 32
+"""Tokens of a cache block on CPU."""
+OPTIONS: dict[str, Any] = {"max_new_tokens": 50, "ignore_eos": True}
+IrOf = Callable[[str], Path]
+
+
+def unrelated(family: str) -> str:
+    """Return a family whose random weights agree with this one's by chance only; all share one tokenizer."""
+    return "gpt2" if family == "llama" else "llama"
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pairs(family, tiny_ir: IrOf) -> dict[str, EdgeLLM]:
+    """The family's model with an unrelated draft, and with itself as draft."""
+    target = tiny_ir(family)
+    return {
+        "unrelated": EdgeLLM.load(target, draft=tiny_ir(unrelated(family)), precision="f32"),
+        "itself": EdgeLLM.load(target, draft=target, precision="f32"),
+    }
+
+
+def ask(llm: EdgeLLM, prompt: Any = SENTENCES[0], **options: Any) -> list[int]:
+    return llm.generate(prompt, **{**OPTIONS, **options}).token_ids
+
+
+def random_prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 300, length).tolist()
+
+
+def test_plain_decoding_equals_transformers(pairs, family, tiny_hf):
+    """Beyond Gemma's window of 24 tokens, where a mask that is too wide shows."""
+    from edge_export.quiet import quiet
+
+    with quiet():
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(tiny_hf(family), dtype=torch.float32).eval()
+        for prompt in (random_prompt(5), random_prompt(60, 1)):
+            ids = torch.tensor([prompt])
+            wanted = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=50, do_sample=False, eos_token_id=-1
+            )
+            assert ask(pairs["itself"], prompt, num_draft_tokens=0) == wanted[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("num_draft_tokens", LENGTHS)
+@pytest.mark.parametrize("draft", ["unrelated", "itself"])
+def test_greedy_speculative_equals_greedy(pairs, draft, num_draft_tokens):
+    for prompt in (*SENTENCES[:3], random_prompt(BLOCK)):
+        wanted = ask(pairs[draft], prompt, num_draft_tokens=0)
+        assert ask(pairs[draft], prompt, num_draft_tokens=num_draft_tokens) == wanted
+
+
+def test_model_as_its_own_draft_is_accepted_entirely(pairs):
+    """Its cache is fed in other portions than the target's, and still agrees."""
+    metrics = pairs["itself"].generate(SENTENCES[0], **OPTIONS, num_draft_tokens=6).metrics
+    assert metrics.acceptance_rate == 1.0
+    assert metrics.block_efficiency == 7.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.8, "frequency_penalty": 0.4},
+        {"logit_bias": {40: 3.0, 41: float("-inf")}},
+        {"lookup": True},
+        {"lookup": True, "repetition_penalty": 1.1},
+        {"temperature": 0.8, "top_k": 1},
+    ],
+    ids=str,
+)
+def test_options_do_not_break_equality(pairs, options):
+    plain = {name: value for name, value in options.items() if name != "lookup"}
+    for prompt in (SENTENCES[0] * 3, random_prompt(50)):
+        wanted = ask(pairs["itself"], prompt, num_draft_tokens=0, **plain)
+        for llm in pairs.values():
+            assert ask(llm, prompt, num_draft_tokens=4, **options) == wanted
+
+
+def test_stop_strings_and_stop_tokens_end_at_the_same_place(pairs):
+    plain = pairs["itself"].generate(SENTENCES[0], **OPTIONS, num_draft_tokens=0)
+    for at in (1, 7, 20):
+        wanted = pairs["itself"].generate(SENTENCES[0], **OPTIONS, num_draft_tokens=0, stop=plain.text[at : at + 3])
+        for llm in pairs.values():
+            made = llm.generate(SENTENCES[0], **OPTIONS, num_draft_tokens=5, stop=plain.text[at : at + 3])
+            assert (made.text, made.token_ids) == (wanted.text, wanted.token_ids)
+            stop = plain.token_ids[at]
+            made = llm.generate(SENTENCES[0], **OPTIONS, num_draft_tokens=5, stop_token_ids=[stop])
+            assert made.token_ids == plain.token_ids[: plain.token_ids.index(stop)]
+
+
+def test_abandoned_answer_leaves_nothing_to_repair(pairs):
+    llm = pairs["unrelated"]
+    wanted = ask(llm, num_draft_tokens=0)
+    for taken in range(1, 12):
+        stream = llm.stream(SENTENCES[0], **OPTIONS, num_draft_tokens=4)
+        assert [next(stream).token.token_id for _ in range(taken)] == wanted[:taken]
+        stream.close()
+    assert ask(llm, num_draft_tokens=4) == wanted
+
+
+def test_chat_turns_that_reuse_keys_equal_a_fresh_model(pairs, family, tiny_ir):
+    """Three turns; each keeps what it shares with the one before, answer included."""
+    fresh = EdgeLLM.load(tiny_ir(family), precision="f32")
+    for llm in pairs.values():
+        messages = [{"role": "user", "content": SENTENCES[0]}]
+        held: list[int] = []
+        for sentence in SENTENCES[1:4]:
+            prompt = llm.tokenizer.apply_chat_template(messages)
+            answer = llm.chat(messages, **OPTIONS, num_draft_tokens=3)
+            fresh.engine.target.rollback(0)
+            assert answer.token_ids == ask(fresh, prompt)
+            assert not held or answer.metrics.reused_tokens == num_shared(held, prompt) > 10
+            held = prompt + answer.token_ids[:-1]
+            messages += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": sentence}]
+
+
+def num_shared(first: list[int], second: list[int]) -> int:
+    """Return how many leading tokens are equal; random bytes of an answer may be encoded otherwise than they came."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def test_block_boundaries_are_crossed_in_every_way(pairs):
+    """Prompts that end around a block's end, continued by blocks of drafts that straddle it."""
+    for size in (1, BLOCK - 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK):
+        prompt = random_prompt(size, size)
+        wanted = ask(pairs["itself"], prompt, num_draft_tokens=0, max_new_tokens=BLOCK + 4)
+        for llm in pairs.values():
+            assert ask(llm, prompt, num_draft_tokens=5, max_new_tokens=BLOCK + 4) == wanted
+
+
+def test_context_is_filled_to_its_end(pairs):
+    prompt = random_prompt(500)
+    wanted = ask(pairs["itself"], prompt, num_draft_tokens=0)
+    assert len(wanted) == 12
+    for llm in pairs.values():
+        result = llm.generate(prompt, **OPTIONS, num_draft_tokens=5)
+        assert (result.token_ids, result.finish_reason) == (wanted, "length")
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, BLOCK, 100])
+def test_prefill_chunks_give_the_same_answer(tiny_ir, chunk_size):
+    prompt = random_prompt(90)
+    whole = EdgeLLM.load(tiny_ir("llama"), precision="f32")
+    chunked = EdgeLLM.load(tiny_ir("llama"), draft=tiny_ir("gpt2"), precision="f32", prefill_chunk_size=chunk_size)
+    assert ask(chunked, prompt, num_draft_tokens=3) == ask(whole, prompt)
+
+
+@pytest.fixture(scope="module")
+def three_layers(tmp_path_factory) -> Path:
+    return export_tiny("llama", tmp_path_factory.mktemp("three") / "ir", num_hidden_layers=3)
+
+
+@pytest.mark.parametrize("groups", [((0, 2), (1,)), ((2,), (0, 1)), ((0,), (1,), (2,))])
+def test_attention_groups_equal_one_group(three_layers, tmp_path, groups):
+    """Each group has its own caches and block list; answers long enough that these grow."""
+    split = Path(shutil.copytree(three_layers, tmp_path / "split"))
+    dataclasses.replace(load_manifest(split), attention_groups=groups).save(split)
+    one, many = (EdgeLLM.load(folder, draft=folder, precision="f32") for folder in (three_layers, split))
+    for num_draft_tokens in (0, 4):
+        for prompt in (random_prompt(5), random_prompt(70)):
+            options = {"max_new_tokens": 120, "num_draft_tokens": num_draft_tokens}
+            assert ask(many, prompt, **options) == ask(one, prompt, **options)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_compressed_weights_stay_lossless(tiny_hf, tiny_ir, tmp_path, weights):
+    """Activations are rounded row by row, so a row's result does not depend on how many rows there are."""
+    from edge_export.convert import export_model
+
+    export_model(tiny_hf("llama"), tmp_path / "ir", weights=weights, group_size=32)
+    for draft in (tmp_path / "ir", tiny_ir("gpt2")):
+        llm = EdgeLLM.load(tmp_path / "ir", draft=draft, precision="f32")
+        for prompt in (*SENTENCES, random_prompt(60)):
+            wanted = ask(llm, prompt, num_draft_tokens=0)
+            for num_draft_tokens in (1, 4, 8):
+                assert ask(llm, prompt, num_draft_tokens=num_draft_tokens) == wanted
+
+
+@pytest.mark.parametrize("kv_precision", ["f32", "u8"])
+def test_quantised_keys_stay_lossless(tiny_ir, kv_precision):
+    llm = EdgeLLM.load(tiny_ir("llama"), draft=tiny_ir("gpt2"), precision="f32", kv_precision=kv_precision)
+    for prompt in (*SENTENCES, random_prompt(60)):
+        wanted = ask(llm, prompt, num_draft_tokens=0)
+        for num_draft_tokens in (1, 4, 8):
+            assert ask(llm, prompt, num_draft_tokens=num_draft_tokens) == wanted
