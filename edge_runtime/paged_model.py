@@ -256,12 +256,21 @@ def _compile(model: ov.Model, device: str, config: LoadConfig, properties: dict[
             f"{config.kv_precision}: {first_line(error)}",
             "leave both on `auto`",
         ) from error
-    _check_precision(compiled, device, config.precision)
+    _check_precisions(compiled, device, config)
     return compiled
 
 
-def _check_precision(compiled: ov.CompiledModel, device: str, wanted: str) -> None:
-    """Refuse to run in another precision than the one asked for, which the plugin does without a word."""
+def _check_precisions(compiled: ov.CompiledModel, device: str, config: LoadConfig) -> None:
+    """Refuse to run in other precisions than those asked for, which the plugin does without a word."""
     runs = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-    if wanted not in ("auto", runs):
-        raise DeviceError(f"{device} cannot compute in {wanted}: it would use {runs}", f"use `{runs}` or `auto`")
+    if config.precision not in ("auto", runs):
+        raise DeviceError(
+            f"{device} cannot compute in {config.precision}: it would use {runs}", f"use `{runs}` or `auto`"
+        )
+    keeps = compiled.input(f"{_CACHES[0]}0").get_element_type().to_string()
+    if device == "CPU" and config.kv_precision not in ("auto", keeps):
+        raise DeviceError(
+            f"{device} cannot keep keys and values in {config.kv_precision} while it computes in {runs}: "
+            f"it would use {keeps}",
+            f"use `{keeps}` or `auto`",
+        )

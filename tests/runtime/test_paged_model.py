@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.api import EdgeLLM
+from edge_runtime.errors import DeviceError
 from edge_runtime.manifest import load_manifest
 from tests.tiny_models import SENTENCES, export_tiny
 
@@ -214,3 +215,22 @@ def test_quantised_keys_stay_lossless(tiny_ir, kv_precision):
         wanted = ask(llm, prompt, num_draft_tokens=0)
         for num_draft_tokens in (1, 4, 8):
             assert ask(llm, prompt, num_draft_tokens=num_draft_tokens) == wanted
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("kv_precision", ["f32", "bf16", "f16", "u8", "u4"])
+def test_precisions_are_honoured_or_refused(tiny_ir, precision, kv_precision):
+    """The plugin keeps keys in bf16 when asked for f16 under bf16 arithmetic, and says f16."""
+    try:
+        llm = EdgeLLM.load(tiny_ir("llama"), precision=precision, kv_precision=kv_precision)
+    except DeviceError as error:
+        assert "\n" not in str(error)
+        assert error.hint
+        return
+    model = llm.engine.target.model
+    tokens = BLOCK * len(model.groups[0].layers) * 2 * 2 * 16  # one block of two layers, keys and values, 2 heads of 16
+    bits = {"f32": 32, "bf16": 16, "f16": 16, "u8": 8, "u4": 4}[kv_precision]
+    assert model.properties["inference_precision_hint"] == precision
+    assert model.properties["kv_cache_precision"] == kv_precision
+    assert 1 <= model.kv_bytes * 8 / (bits * tokens) < (1.01 if bits > 8 else 3)  # scales and zero points
+    assert ask(llm, max_new_tokens=5)
