@@ -69,8 +69,9 @@ def compile_properties(
     if config.cache_dir:
         properties["CACHE_DIR"] = os.fspath(config.cache_dir)
     if device.startswith("CPU"):
-        properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = min(
-            ACTIVATION_GROUP_SIZE, weight_group_size or ACTIVATION_GROUP_SIZE
+        # Only forwards of several tokens round activations to int8: with it, verifying would differ from plain decoding.
+        properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = (
+            0 if config.precision == "f32" else min(ACTIVATION_GROUP_SIZE, weight_group_size or ACTIVATION_GROUP_SIZE)
         )
         # By channel, the plugin's default, each token rescales its block of keys, and a rejected draft leaves its trace in
         # the scale. By token, rolling back is exact: speculation leaves what plain decoding leaves.
