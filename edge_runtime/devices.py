@@ -69,7 +69,7 @@ def compile_properties(
     if config.cache_dir:
         properties["CACHE_DIR"] = os.fspath(config.cache_dir)
     if device.startswith("CPU"):
-        # Only forwards of several tokens round activations to int8: with it, verifying would differ from plain decoding.
+        # Only forwards of several tokens round activations to int8: verifying would differ from plain decoding.
         properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = (
             0 if config.precision == "f32" else min(ACTIVATION_GROUP_SIZE, weight_group_size or ACTIVATION_GROUP_SIZE)
         )
