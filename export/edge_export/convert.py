@@ -33,6 +33,7 @@ from edge_export.tokenizer_files import save_tokenizer
 from edge_export.verify import Verification
 from edge_runtime.errors import ConfigError, EdgeError, ExportError
 from edge_runtime.manifest import MODEL_NAME, Manifest, load_manifest
+from edge_runtime.paged_graph import first_line
 from edge_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -152,8 +153,15 @@ def _one_line_errors(source: str) -> Iterator[None]:
     except Exception as error:  # torch, optimum, nncf and openvino raise bare exceptions of every kind
         if isinstance(error, MemoryError) or "allocate memory" in str(error) or "bad alloc" in str(error):
             raise ExportError(f"not enough memory to export `{source}`", "close other programs") from error
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(f"`{source}` cannot be exported: {told[-1]}", "`--debug` shows where it failed") from error
+        told = first_line(_root(error)) if str(error) else type(error).__name__
+        raise ExportError(f"`{source}` cannot be exported: {told}", "`--debug` shows where it failed") from error
+
+
+def _root(error: Exception) -> Exception:
+    """Return the error that the first library raised, which later ones wrap in advice."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
 
 
 def _check_apart(source: Source, output: Path) -> None:
@@ -190,6 +198,15 @@ def _save_configs(source: Source, config: Any, folder: Path) -> None:
 
 
 def _context_length(config: Any) -> int | None:
+    """Return the tokens for which the exported graph is right.
+
+    longrope (Phi-3 with 128k) has one set of frequencies up to the length of its first training and another beyond, for
+    all tokens of a text. The graph can only look at the tokens of one step, so keys of both kinds would meet in a
+    longer text; PyTorch computes all keys anew at that point.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return int(rope["original_max_position_embeddings"])
     return getattr(config, "max_position_embeddings", None)
 
 

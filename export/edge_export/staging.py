@@ -38,7 +38,8 @@ def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
     except Exception as error:
         if _is_disk_full(error, partial):
             raise ExportError(
-                f"the disk of `{output}` is full", "free some space, or put the output on another disk"
+                f"the disk of `{output}` is full or refuses to be written",
+                "free some space, or put the output on another disk",
             ) from error
         raise
     finally:
@@ -65,7 +66,9 @@ def check_free_disk(output: Path, needed_bytes: int) -> None:
 
 
 def _is_disk_full(error: Exception, place: Path) -> bool:
-    # OpenVINO's own writer gives no errno, so the disk is asked.
+    # OpenVINO's writer knows only that its stream failed; by then it may have removed what filled the disk.
+    if "iostream error" in str(error):
+        return True
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     existing = next(parent for parent in (place, *place.absolute().parents) if parent.exists())

@@ -46,6 +46,10 @@ ERROR_BOUNDS = {
 }
 
 
+_WINDOWED = ("sliding_attention", "chunked_attention", "local")
+"""What configs call a layer that attends to a window only."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verification:
     """How an exported model compares with its source.
@@ -123,11 +127,12 @@ def check_windows(model: ov.Model, config: Any) -> None:
 
 
 def _num_windowed_layers(config: Any) -> int:
-    window = getattr(config, "sliding_window", None)
-    if not window or window >= (getattr(config, "max_position_embeddings", None) or window + 1):
+    sizes = (getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size"))
+    window = next((size for size in sizes if size), None)
+    if window is None or window >= (getattr(config, "max_position_embeddings", None) or window + 1):
         return 0
-    layer_types = getattr(config, "layer_types", None)
-    return layer_types.count("sliding_attention") if layer_types else int(config.num_hidden_layers)
+    layers = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    return sum(layer in _WINDOWED for layer in layers) if layers else int(config.num_hidden_layers)
 
 
 def _is_zero(node: ov.Node) -> bool:

@@ -103,11 +103,14 @@ def test_full_disk_is_one_line_and_leaves_nothing(tiny_hf, tmp_path, monkeypatch
     assert os.listdir(tmp_path) == []
 
 
-def test_full_disk_is_recognised_without_an_errno(tmp_path, monkeypatch):
-    """OpenVINO's writer says only `Serialization failed`."""
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: Usage(10**12, 10**12, 0))
+@pytest.mark.parametrize(
+    ("free", "message"), [(0, "Serialization failed"), (10**12, "basic_ios::clear: iostream error")]
+)
+def test_full_disk_is_recognised_without_an_errno(tmp_path, monkeypatch, free, message):
+    """OpenVINO's writer gives none, and removes the file that did not fit."""
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: Usage(10**12, 10**12, free))
     with pytest.raises(ExportError, match="is full"), staged(tmp_path / "out", overwrite=False):
-        raise RuntimeError("Serialization failed")
+        raise RuntimeError(message)
 
 
 def test_interrupt_in_any_stage_leaves_nothing(tiny_hf, tmp_path):
