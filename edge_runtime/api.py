@@ -11,6 +11,7 @@ Options are those of `config.GenerationConfig`; an unknown one raises and sugges
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import threading
 import time
@@ -100,10 +101,10 @@ class EdgeLLM:
         manifest = load_manifest(folder)
         draft_manifest = load_manifest(Path(draft)) if draft is not None else None
         tokenizer = _TokenizerLoader(folder, draft)
-        target = _load_model(folder, manifest, config.device, config)
+        target = _load_model(folder, manifest, config.for_target(has_draft=draft is not None))
         drafting = None
         if draft is not None and draft_manifest is not None:
-            drafting = _load_model(Path(draft), draft_manifest, config.draft_device or config.device, config)
+            drafting = _load_model(Path(draft), draft_manifest, config.for_draft())
         return cls(Engine(target, drafting), tokenizer.result(), manifest, time.perf_counter() - started)
 
     def generate(self, prompt: Prompt, **options: Any) -> GenerationResult:
@@ -137,7 +138,7 @@ class EdgeLLM:
         if isinstance(prompt, str) and not prompt:
             raise ConfigError("the prompt is empty", "give at least one character")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
-        check_prompt(ids, self.engine.target.model.context_length)
+        check_prompt(ids, self.engine.target.model.context_length, self.manifest.context_length)
         self._check_ids("the prompt", ids)
         return TextStream(self, ids, config, on_prefill)
 
@@ -347,10 +348,18 @@ def _load_tokenizer(folder: Path, draft: str | Path | None) -> Tokenizer:
     return tokenizer
 
 
-def _load_model(folder: Path, manifest: Manifest, device: str, config: LoadConfig) -> CachedModel:
+def _load_model(folder: Path, manifest: Manifest, config: LoadConfig) -> CachedModel:
+    device = check_device(config.device)
+    lengths = [length for length in (manifest.context_length, config.context_length) if length]
+    manifest = dataclasses.replace(manifest, context_length=min(lengths, default=None))
+    if device.startswith("NPU"):
+        from edge_runtime.static_model import StaticModel
+
+        static = StaticModel(folder, manifest, device, config)
+        return CachedModel(static, static.context_length)  # it cuts prompts itself
     from edge_runtime.paged_model import PagedModel
 
-    return CachedModel(PagedModel(folder, manifest, check_device(device), config), config.prefill_chunk_size)
+    return CachedModel(PagedModel(folder, manifest, device, config), config.prefill_chunk_size)
 
 
 def _as_ids(prompt: Any) -> list[int]:

@@ -16,6 +16,9 @@ from edge_runtime.errors import ConfigError
 
 PRECISIONS = ("auto", "f32", "bf16", "f16")
 KV_PRECISIONS = ("auto", "f32", "bf16", "f16", "u8", "u4")
+NPU_VERIFIED_TOKENS = 8
+"""Tokens of one step of an NPU target with a draft. A step compiled for 1, 8, 16 or 32 tokens took 12, 18, 22 or 30 ms
+however many it was given (NPUW on CPU, 2 cores, 33 MB of int8 weights)."""
 
 
 class _Options:
@@ -48,9 +51,16 @@ class LoadConfig(_Options):
         draft_device: Device of the draft; None for the target's.
         precision: Arithmetic. `auto` is the device's own choice (bf16 or f16 where the hardware has it, so answers may
             differ from f32 at near-ties); `f32` makes greedy speculative output equal plain output token for token.
-        kv_precision: Storage of keys and values. `auto` is f32 with `precision="f32"`, else u8.
+        kv_precision: Storage of keys and values. `auto` is f32 with `precision="f32"`, else u8. The NPU computes and
+            stores in f16; a draft there does so whatever is asked of the target, whose answers it cannot change.
         num_threads: CPU threads; 0 for the device's choice (one for models too small to share).
-        prefill_chunk_size: Prompt tokens per forward: bounds memory and how long a cancel can take.
+        prefill_chunk_size: Prompt tokens per forward: bounds memory and how long a cancel can take. On NPU a power of
+            two; a prompt is read in one go there, and cancelled after it.
+        context_length: Most tokens held, prompt and answer together, where the model's own context is not shorter.
+            None for the model's own; on NPU, which takes the memory for all of them at once, for at most 2048.
+        npu_step_tokens: Most tokens of one step of the target on NPU, the last one and those drafted after it: 1 or a
+            multiple of 8; more are verified in several steps. Shapes are static there, so that a step costs what this
+            many tokens cost. None for 8 with a draft and 1 without, where prompt lookup then gains nothing.
         cache_dir: Where compiled models are kept between runs; None for nowhere.
     """
 
@@ -60,6 +70,8 @@ class LoadConfig(_Options):
     kv_precision: str = "auto"
     num_threads: int = 0
     prefill_chunk_size: int = 512
+    context_length: int | None = None
+    npu_step_tokens: int | None = None
     cache_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
@@ -70,8 +82,26 @@ class LoadConfig(_Options):
         _choice("kv_precision", self.kv_precision, KV_PRECISIONS)
         _integer("num_threads", self.num_threads, 0)
         _integer("prefill_chunk_size", self.prefill_chunk_size, 1)
+        if self.context_length is not None:
+            _integer("context_length", self.context_length, 2)
+        if self.npu_step_tokens is not None:
+            _integer("npu_step_tokens", self.npu_step_tokens, 1, 128)
+            if self.npu_step_tokens > 1 and self.npu_step_tokens % 8:
+                raise ConfigError(f"npu_step_tokens is {self.npu_step_tokens}, expected 1 or a multiple of 8")
         if self.cache_dir is not None:
             _path("cache_dir", self.cache_dir)
+
+    def for_target(self, has_draft: bool) -> Self:
+        """Return what the target is compiled with."""
+        step_tokens = self.npu_step_tokens or (NPU_VERIFIED_TOKENS if has_draft else 1)
+        return dataclasses.replace(self, npu_step_tokens=step_tokens)
+
+    def for_draft(self) -> Self:
+        """Return what the draft is compiled with."""
+        config = dataclasses.replace(self, device=self.draft_device or self.device, npu_step_tokens=1)
+        if not config.device.upper().startswith("NPU"):
+            return config
+        return dataclasses.replace(config, precision="auto", kv_precision="auto")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 import openvino as ov
 
 from edge_runtime.config import LoadConfig
-from edge_runtime.errors import DeviceError
+from edge_runtime.errors import ConfigError, DeviceError
 
 SMALL_MODEL_BYTES = 16 << 20
 """Models below this are faster on one thread: waking a second one costs more than it saves (measured: 5 layers of
@@ -20,11 +20,40 @@ ACTIVATION_GROUP_SIZE = 128
 128 made the forward of a 1B model 1.1 to 1.4 times faster at int8 and int4, one token or five (2 cores, AVX-512 VNNI).
 A group must not exceed the weights' own: twice theirs cost 1.5 to 3 times the time at five tokens."""
 
+NPUW_VARIABLE = "EDGE_NPUW_DEVICES"
+"""Environment variable for debugging without an NPU: what would be compiled for it is compiled for this device."""
+
 
 @functools.cache
 def core() -> ov.Core:
     """Return the process's one OpenVINO core."""
     return ov.Core()
+
+
+def npu_core() -> ov.Core:
+    """Return the core that compiles for NPU. Where the CPU stands in, it is one whose CPU computes in f32."""
+    if not npuw_runs_on_cpu():
+        return core()
+    own = ov.Core()
+    own.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})
+    return own
+
+
+def npuw_runs_on_cpu() -> bool:
+    """Whether the CPU stands in for the NPU.
+
+    Raises:
+        ConfigError: The environment variable that says so names another device.
+    """
+    chosen = os.environ.get(NPUW_VARIABLE) or "NPU"
+    if chosen not in ("NPU", "CPU"):
+        raise ConfigError(f"{NPUW_VARIABLE} is {chosen!r}, expected CPU", "unset it to use the NPU itself")
+    return chosen == "CPU"
+
+
+def device_label(device: str) -> str:
+    """Return how reports name a device: what stands in for another says so."""
+    return "NPU (NPUW on CPU)" if device == "NPU" and npuw_runs_on_cpu() else device
 
 
 def check_device(device: str) -> str:
@@ -35,6 +64,8 @@ def check_device(device: str) -> str:
     """
     name = device.upper()
     if name == "CPU":  # always there; asking OpenVINO would load the plugins of all other devices first
+        return name
+    if name == "NPU" and npuw_runs_on_cpu():
         return name
     available = core().available_devices
     if name in available or f"{name}.0" in available:
@@ -73,12 +104,48 @@ def compile_properties(
         properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = (
             0 if config.precision == "f32" else min(ACTIVATION_GROUP_SIZE, weight_group_size or ACTIVATION_GROUP_SIZE)
         )
-        # By channel, the plugin's default, each token rescales its block of keys, and a rejected draft leaves its trace in
-        # the scale. By token, rolling back is exact: speculation leaves what plain decoding leaves.
+        # By channel, the plugin's default, each token rescales its block of keys, and a rejected draft leaves its trace
+        # in the scale. By token, rolling back is exact: speculation leaves what plain decoding leaves.
         properties["KEY_CACHE_QUANT_MODE"] = "BY_TOKEN"
         threads = num_threads(config, weight_bytes)
         if threads:
             properties["INFERENCE_NUM_THREADS"] = threads
+    return properties
+
+
+def npu_properties(config: LoadConfig, context_length: int) -> dict[str, Any]:
+    """Return the properties that a model is compiled with for NPU, by OpenVINO's NPUW.
+
+    NPUW rounds prompt and response up to multiples of 64 and holds their sum less one step: room for the context.
+    `NPUW_DEVICES` is explicit because its default moves to the CPU, without a word, what the NPU cannot run. One size
+    of cache (no pyramid), because changing from one to the next fails in a step of several tokens (2026.4.1).
+
+    Raises:
+        ConfigError: An option has a value that other devices take and the NPU does not.
+    """
+    for name in ("precision", "kv_precision"):
+        if getattr(config, name) not in ("auto", "f16"):
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}, the NPU computes and stores in f16",
+                f"leave `{name}` at auto, or run the target on another device",
+            )
+    chunk, step_tokens = config.prefill_chunk_size, config.npu_step_tokens or 1
+    if chunk < step_tokens or chunk & (chunk - 1):
+        raise ConfigError(f"prefill_chunk_size is {chunk}, on NPU a power of two not below a step of {step_tokens}")
+    properties: dict[str, Any] = {
+        "NPU_USE_NPUW": "YES",
+        "NPUW_LLM": "YES",
+        "NPUW_DEVICES": "CPU" if npuw_runs_on_cpu() else "NPU",
+        "NPUW_LLM_MAX_PROMPT_LEN": context_length,
+        "NPUW_LLM_MIN_RESPONSE_LEN": step_tokens,
+        "NPUW_LLM_MAX_GENERATION_TOKEN_LEN": step_tokens,
+        "NPUW_LLM_PREFILL_CHUNK_SIZE": chunk,
+        "NPUW_LLM_GENERATE_PYRAMID": "NO",
+    }
+    if npuw_runs_on_cpu():
+        properties["NPUW_F16IC"] = "NO"  # the parts compute in f32 there, and hand it on
+    if config.cache_dir:
+        properties["CACHE_DIR"] = os.fspath(config.cache_dir)
     return properties
 
 
@@ -91,7 +158,7 @@ def kv_precision(config: LoadConfig) -> str:
 
 def describe_devices() -> list[dict[str, str]]:
     """Return name and full name of every device."""
-    return [
-        {"device": name, "name": str(core().get_property(name, "FULL_DEVICE_NAME"))}
-        for name in core().available_devices
-    ]
+    devices = {name: str(core().get_property(name, "FULL_DEVICE_NAME")) for name in core().available_devices}
+    if npuw_runs_on_cpu():
+        devices["NPU"] = device_label("NPU")
+    return [{"device": device, "name": name} for device, name in devices.items()]

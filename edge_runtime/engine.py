@@ -222,8 +222,13 @@ class _Request:
         metrics.decode_s = elapsed - metrics.ttft_s
 
 
-def check_prompt(prompt_ids: list[int], context_length: int) -> None:
+def check_prompt(prompt_ids: list[int], context_length: int, longest: int | None = None) -> None:
     """Refuse a prompt that cannot be answered.
+
+    Args:
+        prompt_ids: The prompt.
+        context_length: Tokens that the model holds as it was loaded.
+        longest: Tokens that it could hold; None if unknown.
 
     Raises:
         ConfigError: It is empty.
@@ -232,7 +237,8 @@ def check_prompt(prompt_ids: list[int], context_length: int) -> None:
     if not prompt_ids:
         raise ConfigError("the prompt is empty", "give at least one character")
     if len(prompt_ids) >= context_length:
+        load = f", or load the model with `context_length` up to {longest}" if (longest or 0) > context_length else ""
         raise ContextOverflowError(
             f"the prompt has {len(prompt_ids)} tokens, the model's context holds {context_length}",
-            f"shorten it to at most {context_length - 1} tokens",
+            f"shorten it to at most {context_length - 1} tokens{load}",
         )

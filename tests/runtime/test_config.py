@@ -58,6 +58,8 @@ BAD_LOAD = {
     "kv_precision": [None, "u2"],
     "num_threads": [-1, 1.5, None, True, "2"],
     "prefill_chunk_size": [0, 1.5, None],
+    "context_length": [0, 1, 2.5, "64", True],
+    "npu_step_tokens": [0, 9, 136, 1.5, "8", True],  # NPUW would round 9 up: it would cost what 16 cost
     "cache_dir": [5, True],
 }
 GOOD_LOAD = {
@@ -67,6 +69,8 @@ GOOD_LOAD = {
     "kv_precision": ["auto", "f32", "bf16", "f16", "u8", "u4"],
     "num_threads": [0, 4],
     "prefill_chunk_size": [1, 4096],
+    "context_length": [None, 2, 131072],
+    "npu_step_tokens": [None, 1, 8, 72],
     "cache_dir": [None, "folder", Path("folder")],
 }
 
