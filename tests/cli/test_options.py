@@ -35,6 +35,8 @@ LOAD = {
     "kv_precision": (["u4"], "u4"),
     "num_threads": (["2"], 2),
     "prefill_chunk_size": (["64"], 64),
+    "context_length": (["100"], 100),
+    "npu_step_tokens": (["8"], 8),
     "cache_dir": (["cache"], "cache"),
 }
 FIELDS = {**GENERATION, **LOAD}
