@@ -53,6 +53,9 @@ class LoadConfig(_Options):
             differ from f32 at near-ties); `f32` makes greedy speculative output equal plain output token for token.
         kv_precision: Storage of keys and values. `auto` is f32 with `precision="f32"`, else u8. The NPU computes and
             stores in f16; a draft there does so whatever is asked of the target, whose answers it cannot change.
+        activation_group_size: CPU: activations that share a scale when they are rounded to int8 for the product with
+            int8 or int4 weights; 0 for not rounded. None is 0 with `precision="f32"`, where verifying a block is to
+            equal plain decoding, and else 128 or the weights' group. Rounding makes blocks and prompts much faster.
         num_threads: CPU threads; 0 for the device's choice (one for models too small to share).
         prefill_chunk_size: Prompt tokens per forward: bounds memory and how long a cancel can take. On NPU a power of
             two; a prompt is read in one go there, and cancelled after it.
@@ -68,6 +71,7 @@ class LoadConfig(_Options):
     draft_device: str | None = None
     precision: str = "auto"
     kv_precision: str = "auto"
+    activation_group_size: int | None = None
     num_threads: int = 0
     prefill_chunk_size: int = 512
     context_length: int | None = None
@@ -80,6 +84,8 @@ class LoadConfig(_Options):
             _name("draft_device", self.draft_device)
         _choice("precision", self.precision, PRECISIONS)
         _choice("kv_precision", self.kv_precision, KV_PRECISIONS)
+        if self.activation_group_size is not None:
+            _integer("activation_group_size", self.activation_group_size, 0)
         _integer("num_threads", self.num_threads, 0)
         _integer("prefill_chunk_size", self.prefill_chunk_size, 1)
         if self.context_length is not None:

@@ -89,8 +89,13 @@ _OPTIONS: dict[str, _Option] = {
     "kv_precision": _Option(DEVICE, str, "TYPE", "Keys and values: auto, f32, bf16, f16, u8, u4."),
     "num_threads": _Option(DEVICE, int, "N", "CPU threads; 0 for the device's choice.", ("--threads",)),
     "prefill_chunk_size": _Option(DEVICE, int, "N", "Prompt tokens read at once."),
-    "context_length": _Option(DEVICE, int, "N", "Most tokens held, prompt and answer; by default all the model can."),
-    "npu_step_tokens": _Option(DEVICE, int, "N", "NPU: tokens of one step, 1 or a multiple of 8; bounds drafts."),
+    "context_length": _Option(
+        DEVICE, int, "N", "Most tokens held, prompt and answer; by default the model's context, on NPU at most 2048."
+    ),
+    "activation_group_size": _Option(
+        DEVICE, int, "N", "CPU: activations that share an int8 scale with int8 and int4 weights; 0 for not rounded."
+    ),
+    "npu_step_tokens": _Option(DEVICE, int, "N", "NPU: tokens of one step, 1 or a multiple of 8."),
     "cache_dir": _Option(DEVICE, str, "FOLDER", "Keep compiled models here, to load faster the next time."),
 }
 

@@ -36,6 +36,7 @@ LOAD = {
     "num_threads": (["2"], 2),
     "prefill_chunk_size": (["64"], 64),
     "context_length": (["100"], 100),
+    "activation_group_size": (["64"], 64),
     "npu_step_tokens": (["8"], 8),
     "cache_dir": (["cache"], "cache"),
 }
