@@ -226,6 +226,20 @@ def test_quantised_keys_stay_lossless(tiny_ir, kv_precision):
             assert ask(llm, prompt, num_draft_tokens=num_draft_tokens) == wanted
 
 
+@pytest.mark.parametrize("rows", [352, 448], ids=["fewer rows than the target", "more"])
+def test_padded_draft_of_the_same_tokenizer_works(tiny_ir, tmp_path, rows):
+    """Models pad their embedding to round numbers; a draft with fewer rows is even fed ids that it lacks."""
+    draft = export_tiny("gpt2", tmp_path / "draft", vocab_size=rows)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_ir("llama") / name, draft)
+    llm = EdgeLLM.load(tiny_ir("llama"), draft=draft, precision="f32")
+    penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.2}
+    for options in ({}, penalties, {"logit_bias": {383: 100.0}}):
+        wanted = ask(llm, num_draft_tokens=0, **options)
+        assert ask(llm, num_draft_tokens=4, **options) == wanted
+    assert ask(llm, num_draft_tokens=4, temperature=1.5, seed=1, **penalties)
+
+
 @pytest.mark.parametrize("precision", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("kv_precision", ["f32", "bf16", "f16", "u8", "u4"])
 def test_precisions_are_honoured_or_refused(tiny_ir, precision, kv_precision):
