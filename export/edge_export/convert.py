@@ -18,9 +18,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import openvino as ov
 from numpy.typing import NDArray
 
 import edge_runtime
@@ -35,9 +36,6 @@ from edge_runtime.errors import ConfigError, EdgeError, ExportError
 from edge_runtime.manifest import MODEL_NAME, Manifest, load_manifest
 from edge_runtime.paged_graph import first_line
 from edge_runtime.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    import openvino as ov
 
 STAGES = ("read", "convert", "compress", "verify", "write")
 Progress = Callable[[str, int, int], None]
@@ -65,12 +63,11 @@ class ExportReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Converted:
-    """The graph before compression, and what it is to be compared with."""
+class _Reference:
+    """What the exported model is to be compared with."""
 
-    model: ov.Model
     token_ids: NDArray[np.int64]
-    reference: NDArray[np.float32]
+    logits: NDArray[np.float32]
     num_parameters: int
 
 
@@ -128,16 +125,17 @@ def export_model(
             windows = _calibration_windows(calibration_text, tokenizer, config)
         with stage("convert"):
             token_ids = verify.prompt_ids(tokenizer, _context_length(config))
-            converted = _convert(origin, weights, token_ids, folder / "work")
-            verify.check_windows(converted.model, config)
+            model, reference = _convert(origin, weights, token_ids, folder / "work")
+            verify.check_windows(model, config)
         with stage("compress"):
-            _save_ir(compress(converted.model, form, windows), folder)
-            manifest = _manifest(folder, origin, config, converted, form)
+            model = compress(model, form, windows)
+            ov.save_model(model, folder / MODEL_NAME, compress_to_fp16=False)
+            del model  # the runtime is about to load it again
+            manifest = _manifest(folder, origin, config, reference, form)
             manifest.save(folder)
         with stage("verify"):
-            verification = verify.verify_logits(folder, manifest, converted.token_ids, converted.reference)
+            verification = verify.verify_logits(folder, manifest, reference.token_ids, reference.logits)
         with stage("write"):
-            del converted
             shutil.rmtree(folder / "work", ignore_errors=True)
             num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     return ExportReport(output=output, manifest=manifest, num_bytes=num_bytes, verification=verification)
@@ -220,39 +218,34 @@ def _calibration_windows(text: str | Path | None, tokenizer: Tokenizer, config: 
     return calibration_windows(tokenizer.encode(content), _context_length(config))
 
 
-def _convert(source: Source, weights: str, token_ids: NDArray[np.int64], work: Path) -> _Converted:
+def _convert(source: Source, weights: str, token_ids: NDArray[np.int64], work: Path) -> tuple[ov.Model, _Reference]:
+    """Return the graph before compression, and what the source says to `token_ids`."""
     if source.onnx:
         model = onnx_source.load(source)
         count = onnx_source.num_parameters(source)
-        reference = onnx_source.reference_logits(model, token_ids)
+        logits = onnx_source.reference_logits(model, token_ids)
         onnx_source.to_stateful(model)
     else:
         torch_source.check_supported(source)
         checkpoint = torch_source.load(source, weights)
         count = torch_source.num_parameters(checkpoint)
-        reference = torch_source.reference_logits(checkpoint, token_ids)
+        logits = torch_source.reference_logits(checkpoint, token_ids)
         model = torch_source.to_ir(checkpoint, work, weights)
     if model.has_rt_info("runtime_options"):
         # optimum writes KV_CACHE_PRECISION=f16 here, which would override the plugin's and the user's choice.
         del model.get_rt_info()["runtime_options"]
-    return _Converted(model=model, token_ids=token_ids, reference=reference, num_parameters=count)
+    return model, _Reference(token_ids=token_ids, logits=logits, num_parameters=count)
 
 
-def _save_ir(model: ov.Model, folder: Path) -> None:
-    import openvino as ov
-
-    ov.save_model(model, folder / MODEL_NAME, compress_to_fp16=False)
-
-
-def _manifest(folder: Path, source: Source, config: Any, converted: _Converted, form: WeightFormat) -> Manifest:
+def _manifest(folder: Path, source: Source, config: Any, reference: _Reference, form: WeightFormat) -> Manifest:
     """Say what the runtime must know: tokens that end an answer as it reads them itself, and what only we know."""
     return dataclasses.replace(
         load_manifest(folder),
         context_length=_context_length(config),
-        vocab_size=int(converted.reference.shape[-1]),
+        vocab_size=int(reference.logits.shape[-1]),
         weights=form.weights,
         group_size=form.group_size if form.weights == "int4" else None,
-        num_parameters=converted.num_parameters,
+        num_parameters=reference.num_parameters,
         source=source.name,
         versions={"edge-runtime": edge_runtime.__version__, **{name: version(name) for name in _MADE_WITH}},
     )

@@ -140,8 +140,9 @@ def _families() -> str:
 
 def _download(hub_id: str) -> Path:
     """Return the local copy of a hub model: files of the top folder only, and safetensors rather than pickles."""
+    from httpx import HTTPError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     def fetch(*patterns: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
@@ -156,7 +157,7 @@ def _download(hub_id: str) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise DownloadError(f"the hub has no model `{hub_id}`, nor is there such a folder") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise DownloadError(
             f"`{hub_id}` is no folder here, and the model hub cannot be reached",
             "check the network, or give the path of a folder",

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import httpx
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
@@ -137,6 +138,7 @@ class _Response:
     [
         (errors.LocalEntryNotFoundError("no network"), "the model hub cannot be reached"),
         (ConnectionError("no route"), "the model hub cannot be reached"),
+        (httpx.ReadTimeout("slow"), "the model hub cannot be reached"),
         (errors.RepositoryNotFoundError("404", response=_Response()), "the hub has no model `someone/some-model`"),
         (errors.GatedRepoError("403", response=_Response()), "only to users who accepted its licence"),
     ],
