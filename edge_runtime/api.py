@@ -105,7 +105,12 @@ class EdgeLLM:
         drafting = None
         if draft is not None and draft_manifest is not None:
             drafting = _load_model(Path(draft), draft_manifest, config.for_draft())
+            drafting.warm_up()  # its first run comes in the middle of an answer
         return cls(Engine(target, drafting), tokenizer.result(), manifest, time.perf_counter() - started)
+
+    def warm_up(self) -> None:
+        """Prepare the target's weights for its first run, where there is time between loading and the first request."""
+        self.engine.target.warm_up()
 
     def generate(self, prompt: Prompt, **options: Any) -> GenerationResult:
         """Continue a prompt.

@@ -67,6 +67,12 @@ class CachedModel:
         self._ids += token_ids
         return rows
 
+    def warm_up(self) -> None:
+        """Run one token: plugins pack weights in the first run, which nobody should wait for in an answer."""
+        self.rollback(0)
+        self.forward([0])
+        self.rollback(0)
+
     def rollback(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens and forget the rest."""
         if num_tokens < len(self._ids):

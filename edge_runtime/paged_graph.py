@@ -119,7 +119,6 @@ def _keep_wanted_rows(model: ov.Model) -> None:
     gathered = opset13.gather(node.input_value(0), rows, opset13.constant(np.int32(0)))
     node.input(0).replace_source_output(gathered.output(0))
     model.add_parameters([rows])
-    model.validate_nodes_and_infer_types()
 
 
 def weight_group_size(model: ov.Model) -> int | None:

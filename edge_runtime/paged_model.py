@@ -107,7 +107,6 @@ class PagedModel:
         self._buffers: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._bound: tuple[int, int] = (0, 0)
         self.reserve(1)
-        self._warm_up()
 
     def forward(self, token_ids: list[int], num_rows: int) -> Rows:
         """Append T tokens and return the logits of the last `num_rows`, (num_rows, V): valid until the next call.
@@ -162,11 +161,6 @@ class PagedModel:
     @property
     def _capacity(self) -> int:
         return min(group.num_blocks for group in self.groups) * self._block_size
-
-    def _warm_up(self) -> None:
-        """Run one token: the plugin packs its weights in the first run, which the first request should not wait for."""
-        self.forward([0], 1)
-        self.rollback(0)
 
     def _start_and_wait(self) -> None:
         self._request.start_async()

@@ -25,13 +25,20 @@ RUN = 64
 """Length of the runs whose maxima bound the largest values."""
 
 
+class UniformSource(Protocol):
+    """What randomness is drawn from: `random.Random`, `numpy.random.Generator`."""
+
+    def random(self) -> float:
+        """Return a number from [0, 1)."""
+
+
 class Distribution(Protocol):
     """A probability distribution over token ids."""
 
     def probability(self, token_id: int) -> float:
         """Return the probability of one token."""
 
-    def sample(self, random: np.random.Generator) -> int:
+    def sample(self, random: UniformSource) -> int:
         """Draw one token."""
 
     def residual(self, other: Distribution) -> Distribution:
@@ -50,7 +57,7 @@ class PointMass:
         """Return 1 for the token, 0 for every other."""
         return 1.0 if token_id == self.token_id else 0.0
 
-    def sample(self, random: np.random.Generator) -> int:
+    def sample(self, random: UniformSource) -> int:
         """Return the token; draws nothing from `random`."""
         return self.token_id
 
@@ -81,7 +88,7 @@ class Categorical:
         found = index < len(self.token_ids) and self.token_ids[index] == token_id
         return float(self.probabilities[index]) if found else 0.0
 
-    def sample(self, random: np.random.Generator) -> int:
+    def sample(self, random: UniformSource) -> int:
         """Draw one token by inverting the cumulative distribution with one uniform number."""
         cumulative = np.cumsum(self.probabilities)
         # Strictly below the total, so that rounding can never pick a token without mass.
@@ -155,7 +162,7 @@ class Sampler:
         random: Source of all randomness of the request.
     """
 
-    def __init__(self, config: GenerationConfig, prompt_ids: list[int], random: np.random.Generator) -> None:
+    def __init__(self, config: GenerationConfig, prompt_ids: list[int], random: UniformSource) -> None:
         self.config = config
         self.random = random
         self._bias = {i: b for i, b in config.logit_bias.items() if b != 0}

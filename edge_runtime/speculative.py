@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.sampling import Distribution, PointMass, Sampler
+from edge_runtime.sampling import Distribution, PointMass, Sampler, UniformSource
 
 
 class Proposal(NamedTuple):
@@ -66,7 +66,7 @@ def verify(logits: NDArray[np.float32], proposal: Proposal, sampler: Sampler) ->
     return VerifiedBlock(emitted, len(emitted) - 1)
 
 
-def accepts(token_id: int, wanted: Distribution, drafted_from: Distribution, random: np.random.Generator) -> bool:
+def accepts(token_id: int, wanted: Distribution, drafted_from: Distribution, random: UniformSource) -> bool:
     """Accept a token drawn from q with probability min(1, p / q).
 
     Args:

@@ -48,7 +48,7 @@ def chat(
     options: ModelOptions,
 ) -> None:
     """Talk with a model in the terminal; `/help` there lists what else can be typed."""
-    llm = load_model(options)
+    llm = load_model(options, warm_up=True)
     if not llm.tokenizer.has_chat_template:
         raise ConfigError(
             f"the model in `{options.model}` has no chat template", "use `edge-run generate`, or a chat model"

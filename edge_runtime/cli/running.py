@@ -18,13 +18,16 @@ T = TypeVar("T")
 POLL_S = 0.1
 
 
-def load_model(options: ModelOptions) -> EdgeLLM:
+def load_model(options: ModelOptions, *, warm_up: bool = False) -> EdgeLLM:
     """Load what the options name."""
 
     def load() -> EdgeLLM:
         from edge_runtime.api import EdgeLLM
 
-        return EdgeLLM.load(options.model, draft=options.draft, **options.load)
+        llm = EdgeLLM.load(options.model, draft=options.draft, **options.load)
+        if warm_up:
+            llm.warm_up()
+        return llm
 
     with Status() as status:
         return in_background(load, lambda: status.show(f"loading {options.model}, {status.elapsed_s:.0f} s"))
