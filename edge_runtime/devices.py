@@ -6,10 +6,9 @@ import functools
 import os
 from typing import Any
 
-import openvino as ov
-
 from edge_runtime.config import LoadConfig
 from edge_runtime.errors import ConfigError, DeviceError
+from edge_runtime.light_openvino import ov
 
 SMALL_MODEL_BYTES = 16 << 20
 """Models below this are faster on one thread: waking a second one costs more than it saves (measured: 5 layers of
