@@ -5,8 +5,10 @@ Counts are of tokens and forwards; times are wall-clock seconds from `time.perf_
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -104,6 +106,10 @@ def peak_rss_bytes() -> int:
     """Return the most resident memory this process has had, in bytes; 0 where the system does not tell."""
     if sys.platform == "win32":
         return _peak_rss_on_windows()
+    status = Path("/proc/self/status")
+    if status.is_file():  # what getrusage tells on Linux may be the parent's, which a new program inherits
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii", errors="replace"))
+        return int(found[1]) * 1024 if found else 0
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import sys
 import types
 from ctypes import wintypes
@@ -107,3 +108,14 @@ def test_peak_rss_on_windows_asks_psapi(monkeypatch):
     assert metrics_module.peak_rss_bytes() == 123 << 20
     # PROCESS_MEMORY_COUNTERS: two DWORDs and eight SIZE_Ts.
     assert asked == [(42, 2 * ctypes.sizeof(wintypes.DWORD) + 8 * ctypes.sizeof(ctypes.c_size_t))]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count a new program from nothing")
+def test_peak_rss_is_not_the_parents():
+    """getrusage gave a small child of a large process the large one's peak: 10.9 GB for a process of 1.3 GB."""
+    ballast = bytearray(600 << 20)
+    ballast[:: 4 << 10] = b"\1" * len(ballast[:: 4 << 10])
+    source = "from edge_runtime.metrics import peak_rss_bytes; print(peak_rss_bytes())"
+    child = int(subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout)
+    assert child < 300 << 20
+    assert peak_rss_bytes() > len(ballast)
