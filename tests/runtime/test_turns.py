@@ -108,6 +108,15 @@ def test_interleaved_logprobs_are_those_of_an_undisturbed_stream(llm, tmp_path_f
     assert [token.logprob for token in stream.result.logprobs] == [token.logprob for token in wanted.logprobs]
 
 
+def test_interleaved_draft_reads_its_sequence_again_too(tmp_path):
+    """Otherwise it drafts for another request's text: nothing wrong is emitted, but nothing is accepted either."""
+    llm = make_llm(tmp_path, make_engine(TARGET, TARGET))
+    stream = llm.stream("abcab", **OPTIONS)
+    for _ in stream:
+        llm.generate("qrstuvwxqrstuvwx", max_new_tokens=6, num_draft_tokens=4)
+    assert stream.result.metrics.acceptance_rate == 1.0
+
+
 @pytest.mark.parametrize("collect", ["at once", "in a cycle"])
 def test_dropped_stream_lets_other_threads_go_on(llm, answers, collect):
     """Nobody can close it any more: a reference from the model to it would block every other thread for ever."""
