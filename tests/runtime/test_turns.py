@@ -231,9 +231,19 @@ def test_unread_stream_takes_no_turn(llm, answers):
 
 
 def test_exhausted_stream_stays_exhausted(llm):
+    """To say so needs no turn, even while another thread has it."""
     stream = llm.stream(PROMPTS[0], **OPTIONS)
     result = stream.finish()
-    holder = llm.stream(PROMPTS[1], **OPTIONS)
-    in_thread(lambda: next(holder))()
-    assert list(stream) == []
-    assert stream.finish() == result
+    held, asked = threading.Event(), threading.Event()
+    other = llm.stream(PROMPTS[1], **OPTIONS)
+
+    def hold() -> bool:
+        next(other)
+        held.set()
+        return asked.wait(TIMEOUT_S)
+
+    holding = in_thread(hold)
+    assert held.wait(TIMEOUT_S)
+    assert in_thread(lambda: (list(stream), stream.finish()))() == ([], result)
+    asked.set()
+    assert holding()
