@@ -257,3 +257,25 @@ def test_precisions_are_honoured_or_refused(tiny_ir, precision, kv_precision):
     assert model.properties["kv_cache_precision"] == kv_precision
     assert 1 <= model.kv_bytes * 8 / (bits * tokens) < (1.01 if bits > 8 else 3)  # scales and zero points
     assert ask(llm, max_new_tokens=5)
+
+
+def test_threads_are_as_many_as_asked_for(tiny_ir):
+    """One by default for a model this small: waking another costs more than it saves."""
+    for options, wanted in (({}, 1), ({"num_threads": 2}, 2)):
+        llm = EdgeLLM.load(tiny_ir("llama"), precision="f32", **options)
+        assert llm.engine.target.model.properties["inference_num_threads"] == wanted
+
+
+def test_compiled_models_are_kept_in_the_cache_folder(tiny_ir, tmp_path):
+    wanted = ask(EdgeLLM.load(tiny_ir("llama"), precision="f32"))
+    for _ in range(2):
+        llm = EdgeLLM.load(tiny_ir("llama"), draft=tiny_ir("gpt2"), precision="f32", cache_dir=tmp_path)
+        assert ask(llm, num_draft_tokens=3) == wanted
+        assert list(tmp_path.glob("*.blob"))
+
+
+def test_draft_may_run_on_a_device_of_its_own(tiny_ir):
+    llm = EdgeLLM.load(tiny_ir("llama"), draft=tiny_ir("gpt2"), draft_device="cpu", precision="f32")
+    assert ask(llm, num_draft_tokens=3) == ask(llm, num_draft_tokens=0)
+    with pytest.raises(DeviceError, match="device `TPU` is not on this machine"):
+        EdgeLLM.load(tiny_ir("llama"), draft=tiny_ir("gpt2"), draft_device="TPU")
