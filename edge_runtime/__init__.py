@@ -16,10 +16,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edge_runtime.api import EdgeLLM, GenerationResult, TextChunk, TextStream
+    from edge_runtime.api import EdgeLLM
     from edge_runtime.config import GenerationConfig, LoadConfig
     from edge_runtime.errors import EdgeError
     from edge_runtime.metrics import Metrics
+    from edge_runtime.stream import GenerationResult, TextChunk, TextStream
     from edge_runtime.tokenizer import Message
 
 __version__ = "0.1.0"
@@ -30,12 +31,12 @@ _MODULES = {
     "EdgeError": "errors",
     "EdgeLLM": "api",
     "GenerationConfig": "config",
-    "GenerationResult": "api",
+    "GenerationResult": "stream",
     "LoadConfig": "config",
     "Message": "tokenizer",
     "Metrics": "metrics",
-    "TextChunk": "api",
-    "TextStream": "api",
+    "TextChunk": "stream",
+    "TextStream": "stream",
 }
 
 __all__ = [

@@ -22,7 +22,8 @@ from edge_runtime.cli.running import load_model, run_stream
 from edge_runtime.errors import ConfigError, ContextOverflowError, EdgeError
 
 if TYPE_CHECKING:
-    from edge_runtime.api import EdgeLLM, GenerationResult
+    from edge_runtime.api import EdgeLLM
+    from edge_runtime.stream import GenerationResult
     from edge_runtime.tokenizer import Message
 
 BLOCK = '"""'

@@ -14,8 +14,9 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.metrics import Metrics
 
 if TYPE_CHECKING:
-    from edge_runtime.api import EdgeLLM, GenerationResult
+    from edge_runtime.api import EdgeLLM
     from edge_runtime.engine import Token
+    from edge_runtime.stream import GenerationResult
 
 
 @with_model_options()

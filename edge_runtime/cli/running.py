@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from edge_runtime.cli.console import Status
 
 if TYPE_CHECKING:
-    from edge_runtime.api import EdgeLLM, GenerationResult, TextStream
+    from edge_runtime.api import EdgeLLM
     from edge_runtime.cli.options import ModelOptions
+    from edge_runtime.stream import GenerationResult, TextStream
 
 T = TypeVar("T")
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_runtime.api import EdgeLLM, GenerationResult
+from edge_runtime.api import EdgeLLM
 from edge_runtime.config import GenerationConfig
 from edge_runtime.errors import ConfigError, ContextOverflowError
+from edge_runtime.stream import GenerationResult
 from tests.runtime.fakes import LETTERS, blended_table, make_engine, make_llm, random_table
 
 TARGET = random_table(24, 1)

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.api import EdgeLLM, TextStream
+from edge_runtime.api import EdgeLLM
 from edge_runtime.errors import ConfigError
+from edge_runtime.stream import TextStream
 from tests.runtime.fakes import blended_table, make_engine, make_llm, random_table
 
 TIMEOUT_S = 20.0
