@@ -153,7 +153,7 @@ class _TokenizerLoader(threading.Thread):
     """Reads the tokenizer while the models compile, which takes no longer than a small one's compilation."""
 
     def __init__(self, folder: Path, draft: str | Path | None) -> None:
-        super().__init__(daemon=True)
+        super().__init__(daemon=False)  # where loading fails, the process may end: a daemon would then abort it
         self._folder, self._draft = folder, draft
         self._error: BaseException | None = None
         self.start()

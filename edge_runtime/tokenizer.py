@@ -137,7 +137,7 @@ class Tokenizer:
                 raise ModelPairError(
                     f"draft and target have different vocabularies: token {token_id} is "
                     f"{mine.get(token_id)!r} for the target and {theirs.get(token_id)!r} for the draft",
-                    "use a draft that was made for this target: `edge-run train draft --target TARGET`",
+                    "use a draft that was made for this target's tokenizer",
                 )
 
 

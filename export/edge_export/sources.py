@@ -82,7 +82,9 @@ def open_source(source: str | Path) -> Source:
 
 def _folder_source(folder: Path, name: str) -> Source:
     if (folder / MODEL_NAME).is_file():
-        raise ExportError(f"`{folder}` is an OpenVINO model folder already", f"run it: `edge-run {folder} PROMPT`")
+        raise ExportError(
+            f"`{folder}` is an OpenVINO model folder already", f"run it: `edge-run generate -m {folder} PROMPT`"
+        )
     has_checkpoint = any(list(folder.glob(pattern)) for pattern in _WEIGHTS)
     if not has_checkpoint and (file := _find_onnx(folder)):
         return _onnx_source(file, name)

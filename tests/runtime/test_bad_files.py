@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,3 +165,24 @@ def test_unknown_load_option_suggests_the_nearest(tiny_ir):
     with pytest.raises(ConfigError, match="unknown option `kv_precison`") as caught:
         EdgeLLM.load(tiny_ir("llama"), kv_precison="u8")
     assert caught.value.hint == "did you mean `kv_precision`?"
+
+
+def test_a_process_ends_in_order_when_loading_fails_early(copy):
+    """The tokenizer was still being read in a daemon thread, and the interpreter's end aborted the process."""
+    replace(MODEL_NAME, lambda content: content[:5000])(copy)
+    source = f"""
+import edge_runtime.api as api
+read = api._load_tokenizer
+def read_for_long(folder, draft):
+    for _ in range(100):
+        tokenizer = read(folder, draft)
+    return tokenizer
+api._load_tokenizer = read_for_long
+try:
+    api.EdgeLLM.load({str(copy)!r})
+except Exception:
+    raise SystemExit(3)
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", source], check=False, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (3, "")
