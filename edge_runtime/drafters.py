@@ -23,8 +23,6 @@ MAX_CANDIDATES = 16
 class Drafter(Protocol):
     """A source of drafted tokens for one request after another."""
 
-    source: str
-
     def start(self, prompt_ids: list[int]) -> None:
         """Begin a new request."""
 
@@ -44,8 +42,6 @@ class DraftModel:
         cached: The draft model.
         vocab_size: The target's; a draft row may be wider or narrower by padding, whose tokens are never drafted.
     """
-
-    source = "draft"
 
     def __init__(self, cached: CachedModel, vocab_size: int) -> None:
         self._cached = cached
@@ -88,8 +84,6 @@ class PromptLookup:
     Source: Saxena 2023, prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding). An index from each run
     of MIN_MATCH tokens to where it ended makes the search independent of the context's length.
     """
-
-    source = "lookup"
 
     def __init__(self) -> None:
         self.start([])

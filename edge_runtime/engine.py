@@ -130,12 +130,11 @@ class _Request:
     def run(self) -> Iterator[Token]:
         """Prefill, then step until the end."""
         rows = self._prefill()
-        proposal = NO_PROPOSAL
         while True:
-            yield from self._emit(rows, proposal)
+            yield from self._emit(rows)
             if self._is_done:
                 return
-            rows, proposal = self._step()
+            rows = self._step()
 
     def _prefill(self) -> Rows:
         self._engine.current = self
@@ -145,7 +144,7 @@ class _Request:
         self._block = verify(rows, NO_PROPOSAL, self._sampler)
         return rows
 
-    def _step(self) -> tuple[Rows, Proposal]:
+    def _step(self) -> Rows:
         """Draft, run the target once over the last token and the draft, and verify."""
         if self._engine.current is not self:
             self._resume()
@@ -164,7 +163,7 @@ class _Request:
             accepted = self._block.num_accepted
             self._engine.record_drafted_step(source, width, accepted, drafted_at - begin, end - drafted_at, lag)
         self._metrics.count_block(width - 1, self._block.num_accepted)
-        return rows, proposal
+        return rows
 
     def _resume(self) -> None:
         """Read the sequence again, after another request used the models."""
@@ -192,7 +191,7 @@ class _Request:
             return min(config.num_draft_tokens, remaining - 1)
         return pacing.choose(min(config.max_draft_tokens, remaining - 1), lag, remaining)
 
-    def _emit(self, rows: Rows, proposal: Proposal) -> Iterator[Token]:
+    def _emit(self, rows: Rows) -> Iterator[Token]:
         """Yield the verified tokens up to a stop rule."""
         # All of them first: while this request waits between two tokens, another may overwrite the model's rows.
         tokens = [self._token(token_id, index, rows) for index, token_id in enumerate(self._block.token_ids)]

@@ -23,15 +23,14 @@ class Proposal(NamedTuple):
 
     token_ids: list[int]
     distributions: list[Distribution]
-    source: str = "draft"
 
     @classmethod
     def of_copied(cls, token_ids: list[int]) -> Proposal:
         """Propose tokens that were copied, not drawn: each from a point mass."""
-        return cls(token_ids, [PointMass(token_id) for token_id in token_ids], "lookup")
+        return cls(token_ids, [PointMass(token_id) for token_id in token_ids])
 
 
-NO_PROPOSAL = Proposal([], [], "none")
+NO_PROPOSAL = Proposal([], [])
 
 
 class VerifiedBlock(NamedTuple):
