@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import add_peer_tokenizer, interleave, machine, paired_ratio, report, spread
+from measure import add_peer_tokenizer, interleave, machine, paired_ratio, peer_inputs, peer_tpot_ms, report, spread
 
 PROMPT_IDS = list(range(100, 164))
 PEER_F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
@@ -91,7 +91,6 @@ def edge_cell(models: dict[str, Path], cell: str, precision: str, tokens: int) -
 
 def peer_cell(models: dict[str, Path], cell: str, precision: str, tokens: int) -> Callable[[], float]:
     """Load with openvino_genai; return a function that decodes once and returns ms per token."""
-    import openvino as ov
     import openvino_genai
 
     properties: dict[str, Any] = dict(PRECISIONS[precision][1])
@@ -101,17 +100,8 @@ def peer_cell(models: dict[str, Path], cell: str, precision: str, tokens: int) -
     config = openvino_genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True, do_sample=False)
     if draft:
         config.num_assistant_tokens = 5  # its documented default
-    ids = np.array([PROMPT_IDS], np.int64)
-    inputs = openvino_genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
-    return lambda: _peer_ms(pipeline, inputs, config)
-
-
-def _peer_ms(pipeline: Any, inputs: Any, config: Any) -> float:
-    """Return ms per token after the first, by the wall clock: total minus its own time to the first token."""
-    begin = time.perf_counter()
-    result = pipeline.generate(inputs, config)
-    total = 1000 * (time.perf_counter() - begin)
-    return (total - result.perf_metrics.get_ttft().mean) / (len(result.tokens[0]) - 1)
+    inputs = peer_inputs(PROMPT_IDS)
+    return lambda: peer_tpot_ms(pipeline, inputs, config)
 
 
 def peak_memory(framework: str, models: dict[str, Path], cell: str, precision: str, tokens: int) -> int:

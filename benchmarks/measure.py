@@ -9,9 +9,13 @@ import json
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 
 class Spread(NamedTuple):
@@ -70,6 +74,42 @@ def add_peer_tokenizer(folder: Path) -> None:
     tokenizer, detokenizer = convert_tokenizer(AutoTokenizer.from_pretrained(folder), with_detokenizer=True)
     ov.save_model(tokenizer, folder / "openvino_tokenizer.xml")
     ov.save_model(detokenizer, folder / "openvino_detokenizer.xml")
+
+
+def peer_inputs(token_ids: list[int]) -> Any:
+    """Return token ids as openvino_genai takes them."""
+    import openvino as ov
+    import openvino_genai
+
+    ids = np.array([token_ids], np.int64)
+    return openvino_genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
+
+
+def peer_tpot_ms(pipeline: Any, inputs: Any, config: Any) -> float:
+    """Return the peer's ms per token after the first, by the wall clock: total minus its own time to the first."""
+    begin = time.perf_counter()
+    result = pipeline.generate(inputs, config)
+    total = 1000 * (time.perf_counter() - begin)
+    return (total - result.perf_metrics.get_ttft().mean) / (len(result.tokens[0]) - 1)
+
+
+def bar_chart(path: Path, title: str, bars: Mapping[str, Spread]) -> None:
+    """Write an SVG of one bar for each name: the median, with a line from the 10th to the 90th percentile."""
+    scale = 380 / max(bar.p90 for bar in bars.values())
+    rows = [f'<text x="8" y="20" font-weight="bold">{escape(title)}</text>']
+    for index, (name, bar) in enumerate(bars.items()):
+        y = 36 + 22 * index
+        low, middle, high = (200 + scale * value for value in (bar.p10, bar.median, bar.p90))
+        rows += [
+            f'<text x="190" y="{y + 13}" text-anchor="end">{escape(name)}</text>',
+            f'<rect x="200" y="{y}" width="{middle - 200:.1f}" height="16" fill="#4a7ebb"/>',
+            f'<path d="M{low:.1f} {y + 8}H{high:.1f}" stroke="black"/>',
+            f'<text x="{high + 6:.1f}" y="{y + 13}">{bar.median:.1f}</text>',
+        ]
+    size = f'width="640" height="{44 + 22 * len(bars)}"'
+    style = 'font-family="sans-serif" font-size="12"'
+    svg = "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>', *rows, "</svg>"])
+    path.write_text(svg + "\n", encoding="utf-8")
 
 
 def report(result: dict[str, Any], checks: Mapping[str, bool], as_json: bool) -> int:

@@ -20,8 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from measure import add_peer_tokenizer, interleave, machine, paired_ratio, report, spread
+from measure import add_peer_tokenizer, interleave, machine, paired_ratio, peer_inputs, report, spread
 
 PROMPT_IDS = [10, 50, 60, 40, 70, 80, 90, 100]
 NEW_TOKENS = 256
@@ -56,14 +55,12 @@ def make_models(folder: Path) -> tuple[Path, Path]:
 
 def peer_variant(pipeline: Any, **options: Any) -> Any:
     """Return a function that times one openvino_genai request, in µs per emitted token."""
-    import openvino as ov
     import openvino_genai
 
     config = openvino_genai.GenerationConfig(
         max_new_tokens=NEW_TOKENS, ignore_eos=True, do_sample=False, apply_chat_template=False, **options
     )
-    ids = np.array([PROMPT_IDS], np.int64)
-    inputs = openvino_genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
+    inputs = peer_inputs(PROMPT_IDS)
 
     def run() -> float:
         begin = time.perf_counter()

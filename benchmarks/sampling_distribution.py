@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import add_peer_tokenizer, machine, report
+from measure import add_peer_tokenizer, machine, peer_inputs, report
 from scipy.stats import chisquare
 
 PROMPT_IDS = [10, 50, 60, 40, 70, 80, 90, 100]
@@ -137,7 +137,6 @@ class PeerSampler:
 
     def __call__(self, seed: int) -> Prefix | None:
         """Return the answer to a seed; None where the pipeline fails."""
-        import openvino as ov
         import openvino_genai
 
         config = openvino_genai.GenerationConfig(
@@ -150,10 +149,8 @@ class PeerSampler:
             apply_chat_template=False,
             **({"num_assistant_tokens": NUM_DRAFT_TOKENS} if self._with_draft else {}),
         )
-        ids = np.array([PROMPT_IDS], np.int64)
-        inputs = openvino_genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
         try:
-            return tuple(self._pipeline.generate(inputs, config).tokens[0])
+            return tuple(self._pipeline.generate(peer_inputs(PROMPT_IDS), config).tokens[0])
         except RuntimeError:
             self._load()
             return None

@@ -1,6 +1,6 @@
 """`EdgeLLM`: load a model, generate, stream, chat. The one class most users see.
 
-    llm = EdgeLLM.load("target", draft="draft")
+    llm = EdgeLLM.load()  # the embedded pair; or EdgeLLM.load("target", draft="draft")
     result = llm.generate("Once upon a time", max_new_tokens=50)
     for chunk in llm.stream("Once upon a time", temperature=0.7, seed=1):
         print(chunk.text, end="")
@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from edge_runtime.config import GenerationConfig, LoadConfig
+from edge_runtime.demo import demo_draft, demo_target
 from edge_runtime.devices import check_device
+from edge_runtime.drafters import DraftModel
 from edge_runtime.engine import Engine, check_prompt
 from edge_runtime.errors import ConfigError
 from edge_runtime.manifest import Manifest, load_manifest
@@ -45,11 +47,14 @@ class EdgeLLM:
         self.turns = Turns()
 
     @classmethod
-    def load(cls, model: str | Path, draft: str | Path | None = None, device: str = "CPU", **options: Any) -> Self:
+    def load(
+        cls, model: str | Path | None = None, draft: str | Path | None = None, device: str = "CPU", **options: Any
+    ) -> Self:
         """Load a model folder, and a draft's if given.
 
         Args:
-            model: Folder of the target, from `edge-run export`, `edge-run pull` or optimum-intel.
+            model: Folder of the target, from `edge-run export`, `edge-run pull` or optimum-intel; None for the embedded
+                one, with its own draft if no other is given.
             draft: Folder of a draft with the same vocabulary; None for none.
             device: OpenVINO device of the target.
             **options: Fields of `config.LoadConfig`, such as draft_device, precision, kv_precision.
@@ -62,16 +67,19 @@ class EdgeLLM:
         """
         started = time.perf_counter()
         config = LoadConfig.from_options(device=device, **options)
+        if model is None:
+            model, draft = demo_target(), draft or demo_draft()
         folder = Path(model)
         manifest = load_manifest(folder)
         draft_manifest = load_manifest(Path(draft)) if draft is not None else None
         tokenizer = _TokenizerLoader(folder, draft)
         target = _load_model(folder, manifest, config.for_target(has_draft=draft is not None))
-        drafting = None
+        drafter = None
         if draft is not None and draft_manifest is not None:
             drafting = _load_model(Path(draft), draft_manifest, config.for_draft())
             drafting.warm_up()  # its first run comes in the middle of an answer
-        return cls(Engine(target, drafting), tokenizer.result(), manifest, time.perf_counter() - started)
+            drafter = DraftModel(drafting, target.model.vocab_size)
+        return cls(Engine(target, drafter), tokenizer.result(), manifest, time.perf_counter() - started)
 
     def warm_up(self) -> None:
         """Prepare the target's weights for its first run, where there is time between loading and the first request."""

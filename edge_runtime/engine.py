@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from edge_runtime.config import GenerationConfig
-from edge_runtime.drafters import Drafter, DraftModel, PromptLookup
+from edge_runtime.drafters import Drafter, PromptLookup
 from edge_runtime.errors import ConfigError, ContextOverflowError
 from edge_runtime.metrics import Metrics
 from edge_runtime.model import CachedModel, Rows
@@ -45,19 +45,19 @@ class _Source(NamedTuple):
 
 
 class Engine:
-    """Generates token ids with a target and, if given, a draft.
+    """Generates token ids with a target and, if given, a drafter.
 
     Args:
         target: The model whose answer is wanted.
-        draft: A smaller model of the same vocabulary.
+        drafter: Drafts for it, mostly a `DraftModel`; prompt lookup needs none.
     """
 
-    def __init__(self, target: CachedModel, draft: CachedModel | None = None) -> None:
-        self.target = target
+    def __init__(self, target: CachedModel, drafter: Drafter | None = None) -> None:
+        self.target, self.drafter = target, drafter
         self._costs = TargetCosts()
         self._lookup = _Source(PromptLookup(), Pacing(self._costs))
         self.current: _Request | None = None
-        self._draft = draft and _Source(DraftModel(draft, target.model.vocab_size), Pacing(self._costs))
+        self._draft = drafter and _Source(drafter, Pacing(self._costs))
 
     def generate(
         self,

@@ -7,7 +7,7 @@ import importlib
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -18,8 +18,11 @@ from edge_runtime import __version__
 from edge_runtime.cli import console
 from edge_runtime.errors import ConfigError, EdgeError
 
-COMMANDS = ("generate", "chat", "pull", "export", "devices")
-"""Each is the function of its name in the module of its name."""
+COMMANDS = ("generate", "chat", "pull", "export", "train draft", "plan", "bench draft", "devices")
+"""Each is the function of its name in the module of its name, with `_` for the space."""
+
+FAMILIES = {"train": "Train a model.", "bench": "Measure what a technique brings, beside its baselines."}
+"""First words of commands of two words, and what `edge-run --help` says of them."""
 
 DEBUG = "--debug"
 
@@ -46,22 +49,30 @@ class Command(TyperCommand):
 
 
 class Commands(TyperGroup):
-    """The subcommands, imported when asked for."""
+    """The subcommands, imported when asked for: all of them, or those whose first word is `family`."""
+
+    family: str = ""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names in the order of the help."""
-        return list(COMMANDS)
+        """Return the names, without the family's, in the order of the help."""
+        prefix = f"{self.family} " if self.family else ""
+        return [name.removeprefix(prefix) for name in COMMANDS if name.startswith(prefix)]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import a subcommand."""
-        return load_command(cmd_name) if cmd_name in COMMANDS else None
+        """Import a subcommand, or return a family."""
+        if cmd_name in FAMILIES and not self.family:
+            return family_command(cmd_name)
+        return load_command(f"{self.family} {cmd_name}".strip()) if cmd_name in self.list_commands(ctx) else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the subcommand that is called; suggest the nearest for an unknown one."""
-        if args[0] not in COMMANDS:
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"commands: {', '.join(COMMANDS)}"
-            raise ConfigError(f"unknown command `{args[0]}`", hint)
+        names = self.list_commands(ctx)
+        first_words = {name.split()[0] for name in names}
+        if args[0] not in first_words:
+            near = difflib.get_close_matches(args[0], [*names, *first_words], n=1)
+            called = f"{self.family} ".lstrip()
+            hint = f"did you mean `{called}{near[0]}`?" if near else f"commands: {', '.join(names)}"
+            raise ConfigError(f"unknown command `{called}{args[0]}`", hint)
         return super().resolve_command(ctx, args)
 
 
@@ -81,7 +92,8 @@ def grouped(parameters: list[Any]) -> dict[str, list[Any]]:
 
 def load_command(name: str) -> Any:
     """Return a subcommand as typer's command object."""
-    function = getattr(importlib.import_module(f"edge_runtime.cli.{name}"), name)
+    module_name = name.replace(" ", "_")
+    function = getattr(importlib.import_module(f"edge_runtime.cli.{module_name}"), module_name)
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     headline = re.split("[.;]", function.__doc__)[0]
     app.command(name, cls=Command, short_help=headline)(function)
@@ -93,9 +105,27 @@ def load_command(name: str) -> Any:
 
 def root_command() -> Any:
     """Return `edge-run` as typer's command object."""
+    return _group(_root, _root.__doc__)
+
+
+def family_command(name: str) -> Any:
+    """Return the commands whose first word is `name` as typer's command object."""
+    group = _group(_print_help, FAMILIES[name])
+    group.family = name
+    return group
+
+
+def _group(callback: Callable[..., None], text: str | None) -> Any:
+    """Return a group of commands whose help is `text`."""
     app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, invoke_without_command=True)
-    app.callback()(_root)
+    app.callback(help=text)(callback)
     return typer.main.get_command(app)
+
+
+def _print_help(context: typer.Context) -> None:
+    """Print the help of a group that was called without a command."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def run(args: Sequence[str]) -> int:
@@ -131,8 +161,8 @@ def _root(
     """Fast, private, lossless language models on this computer."""
     if version:
         print(f"edge-run {__version__}")
-    elif context.invoked_subcommand is None:
-        print(context.get_help())
+    else:
+        _print_help(context)
 
 
 class _Failure(NamedTuple):

@@ -104,6 +104,30 @@ class Status:
             self._width = 0
 
 
+def progress(*columns: Any) -> Any:
+    """Return a `rich.progress.Progress` on stderr that vanishes, and shows nothing where that is no terminal.
+
+    Args:
+        columns: What follows spinner, description and bar; the elapsed time if nothing is given.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    # The file is fixed now: libraries may send what they write on sys.stderr elsewhere meanwhile.
+    stderr = Console(file=sys.stderr)
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        *(columns or (TimeElapsedColumn(),)),
+        console=stderr,
+        transient=True,
+        disable=not stderr.is_terminal,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+
+
 def print_stats(metrics: Metrics) -> None:
     """Print what was measured of one answer, for a person."""
     from rich.console import Console

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,7 +39,7 @@ def export(
 
     require_export_extra()
     folder = output or Path(f"{_name(source)}-{weights}")
-    with _progress() as progress:
+    with console.progress() as progress:
         task = progress.add_task("", total=len(STAGES))
         report = export_model(
             source,
@@ -64,23 +63,6 @@ def _name(source: str) -> str:
     """Return the last part of a path or hub id, without `.onnx`."""
     path = Path(source).resolve() if Path(source).exists() else Path(source)
     return path.stem if path.suffix == ".onnx" else path.name
-
-
-def _progress() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description:8}"), BarColumn(), TimeElapsedColumn())
-    # The file is fixed now: what the libraries below write on sys.stderr goes elsewhere during the export.
-    stderr = Console(file=sys.stderr)
-    return Progress(
-        *columns,
-        console=stderr,
-        transient=True,
-        disable=not stderr.is_terminal,
-        redirect_stdout=False,
-        redirect_stderr=False,
-    )
 
 
 def _as_json(report: ExportReport) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def generate(
 
 def _read_prompt(prompt: str | None) -> str:
     if prompt is None and sys.stdin.isatty():
-        raise ConfigError("no prompt is given", 'write it in quotes: `edge-run generate -m FOLDER "Once upon a time"`')
+        raise ConfigError("no prompt is given", 'write it in quotes: `edge-run generate "Once upon a time"`')
     text = _read_stdin() if prompt in (None, "-") else str(prompt)
     if not text:
         raise ConfigError("the prompt is empty", "give at least one character")

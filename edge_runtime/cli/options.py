@@ -17,10 +17,13 @@ from typing import Any, NamedTuple, Self
 import typer
 
 from edge_runtime.config import GenerationConfig, LoadConfig
+from edge_runtime.demo import demo_draft, demo_target
 from edge_runtime.errors import ConfigError
 
 MODEL, ANSWER, SAMPLING, DRAFTING, DEVICE = "Model", "Answer", "Sampling", "Drafting", "Device"
 
+LARGEST_NUMBER = 1e30
+_UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
@@ -108,7 +111,7 @@ class ModelOptions:
     """What a command line said about the model and the answer.
 
     Attributes:
-        model: Folder of the target.
+        model: Folder of the target; the embedded one if none is named.
         draft: Folder of the draft; None for none.
         load: Fields of `config.LoadConfig`, valid ones.
         generation: Fields of `config.GenerationConfig`, valid ones.
@@ -124,12 +127,10 @@ class ModelOptions:
         """Turn the words of a command line into checked options.
 
         Raises:
-            ConfigError: No model is named, or a value is bad.
+            ConfigError: A value is bad.
         """
-        if not model:
-            raise ConfigError(
-                "no model is named", "name its folder with `-m FOLDER`; `edge-run pull HUB_ID` downloads one"
-            )
+        if model is None:
+            model, draft = str(demo_target()), draft or str(demo_draft())
         given = {name: _OPTIONS[name].parse(word) for name, word in words.items() if word not in (None, [])}
         load, generation = (_checked(config, given) for config in (LoadConfig, GenerationConfig))
         return cls(model, None if draft in (None, "none") else draft, load, generation)
@@ -168,6 +169,22 @@ def flag_of(field_name: str) -> str:
     return flags[-1] if flags else "--" + field_name.replace("_", "-")
 
 
+def parse_number(flag: str, word: str) -> float:
+    """Return a number that may end in k, M, B or T, such as the size of a model or of a text.
+
+    Raises:
+        ConfigError: It is none, or beyond all use.
+    """
+    unit = _UNITS.get(word[-1:].lower())
+    try:
+        number = float(word[:-1]) * unit if unit else float(word)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= LARGEST_NUMBER:
+        raise ConfigError(f"{flag} is {word!r}, expected a number above 0", "for example 50M, 1.5B or 2e9")
+    return number
+
+
 def _with_flags(message: str) -> str:
     """Say flags where the Python API says field names."""
     return _FIELD.sub(lambda field: flag_of(field[0]), message)
@@ -197,7 +214,12 @@ def _typer_parameter(name: str, option: _Option, default: Any, flags: tuple[str,
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=kind)
 
 
-_model = _typer_parameter("model", _Option(MODEL, str, "FOLDER", "The model."), None, ("-m", "--model"))
+_model = _typer_parameter(
+    "model",
+    _Option(MODEL, str, "FOLDER", "The model; by default the embedded pair."),
+    None,
+    ("-m", "--model"),
+)
 _draft = _typer_parameter(
     "draft",
     _Option(MODEL, str, "FOLDER|none", "A smaller model of the same vocabulary that drafts for it."),

@@ -61,7 +61,7 @@ def tokenize(
     parts: list[NDArray[np.uint32]] = []
     for begin in range(0, len(files), DOCUMENTS_AT_ONCE):
         some = files[begin : begin + DOCUMENTS_AT_ONCE]
-        texts = [text for text in map(_read_text, some) if text.strip()]
+        texts = [text for text in map(read_text, some) if text.strip()]
         for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
             parts.append(np.array([*encoding.ids, end_of_text], np.uint32))
         if on_file:
@@ -71,7 +71,7 @@ def tokenize(
     return np.concatenate(parts)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Return a file's text; nothing where it is not text."""
     try:
         text = path.read_text(encoding="utf-8")

@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,21 +126,25 @@ class Ledger:
 
     Args:
         path: File of little-endian 64-bit hashes; read if it exists.
+        passes: How often a window may come: 1, but where several passes are what is studied.
 
     Raises:
-        ModelFormatError: The file is damaged: not whole hashes, or one of them twice.
+        ModelFormatError: The file is damaged: not whole hashes, or one of them too often.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, passes: int = 1) -> None:
+        self.path, self._passes = path, passes
         self._hashes: list[int] = []
         if path.is_file():
             if path.stat().st_size % 8:
                 raise ModelFormatError(f"`{path}` is damaged: it ends in the middle of a hash", "start the stage again")
             self._hashes = np.fromfile(path, "<u8").tolist()
-        self._seen = set(self._hashes)
-        if len(self._seen) != len(self._hashes):
-            raise ModelFormatError(f"`{path}` holds a window twice", "start the stage again")
+        self._seen = Counter(self._hashes)
+        if self._is_over(self._seen):
+            raise ModelFormatError(
+                f"`{path}` holds a window {'twice' if passes == 1 else f'more than {passes} times'}",
+                "start the stage again",
+            )
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -154,10 +159,15 @@ class Ledger:
             ConfigError: One of them was trained on before; none is taken then.
         """
         new = [window_hash(window) for window in windows]
-        if len(set(new)) < len(new) or not self._seen.isdisjoint(new):
-            raise ConfigError("a window of text came a second time", "give text that was not trained on yet")
+        counts = Counter(new)
+        if self._is_over({window: self._seen[window] + count for window, count in counts.items()}):
+            again = "a second time" if self._passes == 1 else f"more than {self._passes} times"
+            raise ConfigError(f"a window of text came {again}", "give text that was not trained on yet")
         self._hashes += new
-        self._seen.update(new)
+        self._seen.update(counts)
+
+    def _is_over(self, counts: Mapping[int, int]) -> bool:
+        return max(counts.values(), default=0) > self._passes
 
     def save(self) -> None:
         """Write the file, whole or not at all."""

@@ -11,6 +11,7 @@ What the papers leave open (optimiser, learning rate, batch, schedule) is this p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import numpy as np
 
 from edge_export.corpus import Windows
 from edge_export.one_epoch import Ledger
+from edge_export.quiet import quiet
 from edge_runtime.errors import ConfigError, ModelFormatError
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 Loss = Callable[[Any, "torch.Tensor"], "torch.Tensor"]
 """(model, token ids (B, T)) to the mean loss of a batch, a scalar."""
 
+OPTIMIZERS = ("muon", "adamw")
 CHECKPOINT, LEDGER, LOG, STATE = "checkpoint", "ledger.u64", "log.jsonl", "state.json"
 
 
@@ -43,25 +46,39 @@ class TrainConfig:
 
     Attributes:
         batch_size: Windows of one update, over all processes.
+        micro_batch_size: Windows a process computes at once; their gradients are added up. None for all of its share.
+            Small ones stay in a processor's cache: 1 800 against 1 470 tokens/s for 2 against 8 windows of 1024 tokens
+            (7 M parameters, 2 cores).
+        optimizer: `muon` (edge_export.muon) or `adamw`.
         learning_rate: Peak.
         warmup: Share of the updates in which the rate rises.
         weight_decay: On matrices; norms and biases have none.
         clip: Largest norm of the gradient.
         checkpoint_s: Seconds between checkpoints.
         precision: `bf16` or `no` (f32), accelerate's names.
+        passes: How often a window may come; above 1 only to study what more passes do.
+        seed: Of dropout, where a model has any.
     """
 
     batch_size: int = 8
-    learning_rate: float = 1e-3
+    micro_batch_size: int | None = None
+    optimizer: str = "muon"
+    learning_rate: float = 4e-3
     warmup: float = 0.02
     weight_decay: float = 0.1
     clip: float = 1.0
     checkpoint_s: float = 300.0
     precision: str = "bf16"
+    passes: int = 1
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"batch_size is {self.batch_size}, expected at least 1")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ConfigError(f"micro_batch_size is {self.micro_batch_size}, expected at least 1")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"optimizer is {self.optimizer!r}, expected {' or '.join(OPTIMIZERS)}")
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate is {self.learning_rate}, expected a positive number")
 
@@ -123,6 +140,14 @@ def train(
     return run.model
 
 
+def best_precision() -> str:
+    """Return bf16 where the hardware has it, else f32: emulated bf16 is hundreds of times slower."""
+    import torch
+
+    has_bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if has_bf16 else "no"
+
+
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
     """Return the rate of update `step`: a linear rise, then a cosine that ends at zero."""
     rising = max(1, int(num_steps * config.warmup))
@@ -146,7 +171,7 @@ class _Run:
                 f"batch_size is {config.batch_size}, "
                 f"expected a multiple of the {self._accelerator.num_processes} processes"
             )
-        set_seed(0)
+        set_seed(config.seed)
         self._share = share
         self._windows, self._out, self._config, self._loss = windows, out, config, loss
         self._num_steps = len(windows) // config.batch_size
@@ -155,7 +180,7 @@ class _Run:
         if self._accelerator.is_main_process:
             _recover(out / CHECKPOINT)
         self._accelerator.wait_for_everyone()
-        self._ledger = Ledger(out / CHECKPOINT / LEDGER)
+        self._ledger = Ledger(out / CHECKPOINT / LEDGER, config.passes)
         self.model, self._optimizer = self._accelerator.prepare(model, _optimizer(model, config))
 
     def resume(self) -> None:
@@ -199,17 +224,30 @@ class _Run:
         batch = self._windows[first : first + config.batch_size]
         self._ledger.record(batch)
         mine = batch[self._accelerator.process_index * self._share :][: self._share]
-        token_ids = torch.from_numpy(mine.astype(np.int64)).to(self._accelerator.device)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._step, self._num_steps, config)
-        with self._accelerator.autocast():
-            loss = self._loss(self.model, token_ids)
-        self._accelerator.backward(loss)
+        token_ids = torch.from_numpy(mine.astype(np.int64)).to(self._accelerator.device)
+        loss = self._gradients(token_ids)
         self._accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._step += 1
-        return float(self._accelerator.reduce(loss.detach(), "mean"))
+        return float(self._accelerator.reduce(loss, "mean"))
+
+    def _gradients(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Add up the gradients of (B, T) windows, a micro-batch at a time; return their mean loss."""
+        import torch
+
+        parts = token_ids.split(self._config.micro_batch_size or len(token_ids))
+        total = torch.zeros((), device=token_ids.device)
+        for index, part in enumerate(parts):
+            is_last = index == len(parts) - 1
+            with contextlib.nullcontext() if is_last else self._accelerator.no_sync(self.model):
+                with self._accelerator.autocast():
+                    loss = self._loss(self.model, part) * (len(part) / len(token_ids))
+                self._accelerator.backward(loss)
+            total += loss.detach()
+        return total
 
     def _log(self, progress: Progress) -> None:
         with (self._out / LOG).open("a", encoding="utf-8") as log:
@@ -221,7 +259,8 @@ class _Run:
         if self._accelerator.is_main_process:
             shutil.rmtree(new, ignore_errors=True)
         self._accelerator.wait_for_everyone()
-        self._accelerator.save_state(str(new / "state"))
+        with quiet():  # it says that tied weights are stored once
+            self._accelerator.save_state(str(new / "state"))
         if self._accelerator.is_main_process:
             self._ledger.path = new / LEDGER
             self._ledger.save()
@@ -248,9 +287,20 @@ def _recover(folder: Path) -> None:
 
 
 def _optimizer(model: Any, config: TrainConfig) -> Any:
+    """Return the optimiser: matrices of the layers apart from embeddings, output layer and vectors."""
     import torch
 
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    from edge_export.muon import Muon
+
+    ends = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
+    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in ends]
+    tables = [p for p in model.parameters() if p.dim() >= 2 and (p.dim() > 2 or id(p) in ends)]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay, "is_matrix": True},
+        {"params": tables, "weight_decay": config.weight_decay, "is_matrix": False},
+        {"params": vectors, "weight_decay": 0.0, "is_matrix": False},
+    ]
+    if config.optimizer == "muon":
+        return Muon(groups, config.learning_rate)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))

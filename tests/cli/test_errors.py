@@ -101,6 +101,11 @@ def test_no_prompt_on_a_terminal(refused):
 BAD_CALLS = {
     "unknown command": (("generat",), "did you mean `generate`?"),
     "no such command": (("xyz",), "commands: generate"),
+    "unknown second word": (("bench", "drat"), "did you mean `bench draft`?"),
+    "no such second word": (("bench", "xyz"), "commands: draft"),
+    "unknown first word": (("trian", "draft"), "did you mean `train`?"),
+    "two words in one": (("bench-draft",), "did you mean `bench draft`?"),
+    "unknown option of a first word": (("bench", "--plot"), "`edge-run bench --help`"),
     "unknown option": (("generate", "--temprature", "1"), "did you mean `--temperature`?"),
     "unknown root option": (("--verison",), "did you mean `--version`?"),
     "not a number": (("generate", "-m", "x", "-t", "warm"), "--temperature"),

@@ -9,13 +9,24 @@ from pathlib import Path
 import pytest
 
 from edge_runtime import __version__
-from edge_runtime.cli.app import COMMANDS
+from edge_runtime.cli.app import COMMANDS, FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"openvino", "numpy", "tokenizers", "jinja2", "huggingface_hub", "rich", "torch"}
 
 
-@pytest.mark.parametrize("args", [["--version"], ["--help"], ["generate", "--help"], ["generate", "x"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--version"],
+        ["--help"],
+        ["generate", "--help"],
+        ["generate", "x"],
+        ["plan", "--help"],
+        ["bench"],
+        ["bench", "draft", "--help"],
+    ],
+)
 def test_what_needs_no_model_loads_no_library(args):
     script = (
         "import json, sys\nfrom edge_runtime.cli.app import run\n"
@@ -41,8 +52,24 @@ def test_module_runs_as_the_command_does():
 def test_help_lists_the_commands(edge_run, args):
     done = edge_run(*args)
     assert (done.code, done.err) == (0, "")
+    assert "on this computer." in done.out
     for name in COMMANDS:
         assert f"\n  {name} " in done.out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("flags", [[], ["--help"]])
+def test_help_of_a_first_word_lists_its_own_commands(edge_run, family, flags):
+    done = edge_run(family, *flags)
+    assert (done.code, done.err) == (0, "")
+    assert FAMILIES[family] in done.out
+    assert "\n  draft " in done.out
+    assert "generate" not in done.out
+
+
+def test_families_are_the_first_words_of_the_commands():
+    assert {name.split()[0] for name in COMMANDS if " " in name} == set(FAMILIES)
+    assert not set(FAMILIES) & set(COMMANDS)
 
 
 def test_documentation_is_what_the_commands_say():

@@ -72,6 +72,15 @@ def test_no_window_twice(tmp_path):
         ledger.record([windows(1, seed=2)[0]] * 2)
 
 
+def test_several_passes_where_they_are_studied(tmp_path):
+    ledger = Ledger(tmp_path / "ledger", passes=2)
+    ledger.record(windows(3))
+    ledger.record(windows(3))
+    ledger.save()
+    with pytest.raises(ConfigError, match="more than 2 times"):
+        Ledger(tmp_path / "ledger", passes=2).record(windows(1))
+
+
 def test_a_damaged_ledger_is_refused(tmp_path):
     (tmp_path / "ledger").write_bytes(b"1234567")
     with pytest.raises(ModelFormatError, match="middle of a hash"):

@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from edge_runtime.api import EdgeLLM
 from edge_runtime.config import GenerationConfig
+from edge_runtime.drafters import DraftModel
 from edge_runtime.engine import Engine, Token
 from edge_runtime.manifest import Manifest
 from edge_runtime.metrics import Metrics
@@ -98,8 +99,10 @@ def make_engine(
     draft_context_length: int = 512,
 ) -> Engine:
     """Return an engine over fake models."""
-    drafting = None if draft is None else CachedModel(TableModel(draft, draft_context_length), chunk_size)
-    return Engine(CachedModel(TableModel(target, context_length), chunk_size), drafting)
+    drafter = None
+    if draft is not None:
+        drafter = DraftModel(CachedModel(TableModel(draft, draft_context_length), chunk_size), target.shape[-1])
+    return Engine(CachedModel(TableModel(target, context_length), chunk_size), drafter)
 
 
 def run(

@@ -11,7 +11,7 @@ from ctypes import wintypes
 import pytest
 
 from edge_runtime import metrics as metrics_module
-from edge_runtime.metrics import Metrics, peak_rss_bytes
+from edge_runtime.metrics import Metrics, mbsu, peak_rss_bytes
 from tests.runtime.fakes import blended_table, make_engine, random_table, run
 
 TARGET = random_table(24, 1)
@@ -72,6 +72,19 @@ def test_times_of_a_request_are_ordered():
     run(make_engine(TARGET, DRAFT), [1, 2, 3], metrics=made, num_draft_tokens=3)
     assert made.ttft_s > 0
     assert 0 < made.draft_s < made.decode_s
+
+
+def test_mbsu_of_the_papers_example():
+    """K 3, acceptance 0.562 and 50M for 3.8B parameters, and not the formula with a leading c, which gives 0.03."""
+    block_efficiency, relative_size = 1 + 3 * 0.562, 50 / 3821
+    assert block_efficiency == pytest.approx(2.686)
+    assert mbsu(block_efficiency, 3, relative_size) == pytest.approx(2.58, abs=0.005)
+
+
+def test_mbsu_of_a_useless_draft_is_a_loss():
+    assert mbsu(1.0, 3, 50 / 3821) == pytest.approx(1 / (3 * 50 / 3821 + 1))
+    assert mbsu(1.0, 3, 50 / 3821) < 1
+    assert mbsu(1.0, 3, 0.0) == 1
 
 
 def test_report_is_json():

@@ -1,7 +1,8 @@
 """The draft's shape: the target's vocabulary, few layers, a narrow body.
 
 Depth costs latency, width little (FastDraft section 3; measured again by `edge-run bench draft`), so the depth is fixed
-first and the width found from the parameter budget. The body is a Llama's: every engine runs it.
+first and the width found from the parameter budget. The body is a Llama's: every engine runs it. Where no budget is
+given it comes from time (`auto_shape.py`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from edge_runtime.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-HEAD_DIM = 64
-WIDTH_STEP = 64
+HEAD_DIMS = (64, 32)
+"""Width of a head: the first that divides the model's width."""
+WIDTH_STEP = 32
+FFN_STEP = 64
+DEPTH_WIDTH = 64
+"""Width that a shape should have for each of its layers."""
 FFN_RATIO = 8 / 3
 """SwiGLU's inner width for each hidden one: as many parameters as a plain MLP of four times the width."""
 MAX_LAYERS = 6
@@ -54,13 +59,14 @@ def draft_config(
             f"{num_parameters:,.0f} parameters do not hold a vocabulary of {vocab_size:,}",
             f"the smallest draft for it has {least:,}",
         )
+    head_dim = next(dim for dim in HEAD_DIMS if width % dim == 0)
     return LlamaConfig(
         hidden_size=width,
         intermediate_size=ffn_width(width),
         num_hidden_layers=layers,
-        num_attention_heads=width // HEAD_DIM,
-        num_key_value_heads=width // HEAD_DIM,
-        head_dim=HEAD_DIM,
+        num_attention_heads=width // head_dim,
+        num_key_value_heads=width // head_dim,
+        head_dim=head_dim,
         vocab_size=vocab_size,
         max_position_embeddings=context_length,
         tie_word_embeddings=tie_embeddings,
@@ -77,7 +83,7 @@ def count_parameters(width: int, layers: int, vocab_size: int, tie_embeddings: b
 
 def ffn_width(width: int) -> int:
     """Return the MLP's inner width: 8/3 of the hidden one, rounded up to a multiple of 64."""
-    return -int(-width * FFN_RATIO // WIDTH_STEP) * WIDTH_STEP
+    return -int(-width * FFN_RATIO // FFN_STEP) * FFN_STEP
 
 
 def _width(num_parameters: float, layers: int, vocab_size: int, tie_embeddings: bool) -> int:
@@ -96,6 +102,6 @@ def _width(num_parameters: float, layers: int, vocab_size: int, tie_embeddings: 
 
 def _depth(num_parameters: float, vocab_size: int, tie_embeddings: bool) -> int:
     for layers in range(MAX_LAYERS, 1, -1):
-        if _width(num_parameters, layers, vocab_size, tie_embeddings) >= layers * WIDTH_STEP:
+        if _width(num_parameters, layers, vocab_size, tie_embeddings) >= layers * DEPTH_WIDTH:
             return layers
     return 1

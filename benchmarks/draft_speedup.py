@@ -1,0 +1,240 @@
+"""What drafting brings on a real pair: tokens/s against plain decoding, against openvino_genai, and against prediction.
+
+All variants decode the same prompts from the same two model folders, in turn prompt by prompt: EdgeLLM plain and with
+the draft paced automatically, openvino_genai plain and, greedy, with the draft and 3 or 5 tokens a block, of which its
+better one counts (its sampling with a draft is not the target's: sampling_distribution.py). Each round is a fresh
+process, the frameworks loaded in alternating order: which of two models gets memory in large pages is luck.
+
+Prediction, in a process of its own so that pacing learns nothing from it: with fixed K, block efficiency τ (tokens for
+each target forward) and the costs of single forwards,
+
+    speedup = τ t_target(1) / (K t_draft + t_target(K + 1)).
+
+Roofline: plain decoding reads every weight for each token; `plain roofline` is measured read bandwidth / weight bytes.
+
+    python benchmarks/draft_speedup.py --target IR --draft IR --prompts FILE [--temperature 0 0.6] [--plot FILE] --json
+
+FILE holds a JSON object a line: {"prompt": ..., "category": "code" or "text" or another, which is only reported}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from decode import PRECISIONS, read_bandwidth
+from draft_prediction import (
+    BLOCKS,
+    Prediction,
+    Settings,
+    edge_answer,
+    encoded,
+    load_pair,
+    prediction_round,
+    prediction_summary,
+)
+from measure import (
+    add_peer_tokenizer,
+    bar_chart,
+    machine,
+    paired_ratio,
+    peer_inputs,
+    peer_tpot_ms,
+    report,
+    spread,
+)
+
+WANTED = {"code": 2.0, "text": 1.6}
+"""Category to the speedup over plain decoding that is checked."""
+OVER_PEER, WORST, PREDICTED_WITHIN = 1.15, 0.97, 0.1
+
+
+class Answer(NamedTuple):
+    """One timed answer; the last two are known of EdgeLLM only."""
+
+    temperature: float
+    category: str
+    prompt: int
+    variant: str
+    tokens_per_second: float
+    block_efficiency: float = 0.0
+    token_ids: tuple[int, ...] = ()
+
+
+Variant = Callable[[list[int], float], tuple[Any, ...]]
+"""Token ids and temperature to the last fields of an Answer."""
+
+
+def edge_variants(settings: Settings) -> dict[str, Variant]:
+    """Load target and draft with EdgeLLM; return how to answer plainly and with automatic pacing."""
+    llm = load_pair(settings)
+    return {
+        "edge_plain": lambda ids, heat: edge_answer(llm, settings, ids, heat, 0),
+        "edge_auto": lambda ids, heat: edge_answer(llm, settings, ids, heat, "auto"),
+    }
+
+
+def peer_variants(settings: Settings) -> dict[str, Variant]:
+    """Load the same folders with openvino_genai; return how to answer plainly and with each block size."""
+    import openvino_genai
+
+    properties = PRECISIONS[settings.precision][1]
+    plain = openvino_genai.LLMPipeline(str(settings.target), "CPU", **properties)
+    draft = openvino_genai.draft_model(str(settings.draft), "CPU", **properties)
+    drafting = openvino_genai.LLMPipeline(str(settings.target), "CPU", draft_model=draft, **properties)
+
+    def variant(pipeline: Any, **options: int) -> Variant:
+        return lambda ids, heat: (peer_tokens_per_second(pipeline, settings, ids, heat, options),)
+
+    blocks = {f"peer_draft_{k}": variant(drafting, num_assistant_tokens=k) for k in BLOCKS}
+    return {"peer_plain": variant(plain), **blocks}
+
+
+def peer_tokens_per_second(
+    pipeline: Any, settings: Settings, ids: list[int], temperature: float, options: dict[str, int]
+) -> float:
+    """Answer once with openvino_genai; return tokens/s after the first token."""
+    import openvino_genai
+
+    sampling = {"do_sample": True, "temperature": temperature, "rng_seed": 0} if temperature else {"do_sample": False}
+    config = openvino_genai.GenerationConfig(
+        max_new_tokens=settings.tokens, ignore_eos=True, apply_chat_template=False, **sampling, **options
+    )
+    return 1000 / peer_tpot_ms(pipeline, peer_inputs(ids), config)
+
+
+def speed_round(settings: Settings, is_edge_first: bool) -> list[Answer]:
+    """Answer each prompt with each variant, in turn, after one answer of each to warm up."""
+    makers = [edge_variants, peer_variants] if is_edge_first else [peer_variants, edge_variants]
+    variants = {name: run for make in makers for name, run in make(settings).items()}
+    prompts = encoded(settings)
+    answers: list[Answer] = []
+    for temperature in settings.temperatures:
+        suited = {name: run for name, run in variants.items() if not temperature or "peer_draft" not in name}
+        for run in suited.values():
+            run(prompts[0][2], temperature)
+        for category, prompt, ids in prompts:
+            for name, run in suited.items():
+                answers.append(Answer(temperature, category, prompt, name, *run(ids, temperature)))
+    return answers
+
+
+def in_fresh_processes(settings: Settings, rounds: int) -> tuple[list[Answer], list[Prediction]]:
+    """Run all rounds, each in a process of its own; return their figures."""
+    answers: list[Answer] = []
+    predictions: list[Prediction] = []
+    for index in range(rounds):
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            answers += fresh.submit(speed_round, settings, index % 2 == 0).result()
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            predictions += fresh.submit(prediction_round, settings).result()
+    return answers, predictions
+
+
+def grouped(items: list[Any], name: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """Return the items under their names, both in order of appearance."""
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(name(item), []).append(item)
+    return groups
+
+
+def summary(answers: list[Answer]) -> dict[str, Any]:
+    """Return speeds and ratios of the answers of one category and temperature."""
+    variants = grouped(answers, lambda answer: answer.variant)
+    speeds = {name: [answer.tokens_per_second for answer in made] for name, made in variants.items()}
+    best = max((name for name in speeds if "peer" in name), key=lambda name: statistics.median(speeds[name]))
+    pairs = list(zip(variants["edge_auto"], variants["edge_plain"], strict=True))
+    result = {
+        "tokens_per_second": {name: spread(values) for name, values in speeds.items()},
+        "speedup": paired_ratio(speeds["edge_auto"], speeds["edge_plain"]),
+        "peer's best": best,
+        "over peer's best": paired_ratio(speeds["edge_auto"], speeds[best]),
+        "worst prompt": min(prompt_speedups(pairs)),
+        "block_efficiency": spread([auto.block_efficiency for auto, _ in pairs]),
+    }
+    if answers[0].temperature == 0:  # sampled answers differ: drafting draws other random numbers
+        result["equal to plain"] = sum(auto.token_ids == plain.token_ids for auto, plain in pairs) / len(pairs)
+    return result
+
+
+def prompt_speedups(pairs: list[tuple[Answer, Answer]]) -> list[float]:
+    """Return each prompt's speedup, the median over its rounds."""
+    prompts = grouped(pairs, lambda pair: pair[0].prompt).values()
+    return [statistics.median(auto.tokens_per_second / plain.tokens_per_second for auto, plain in p) for p in prompts]
+
+
+def checks_of(rows: dict[str, dict[str, Any]], predicted: dict[str, dict[str, Any]]) -> dict[str, bool]:
+    """Return what must hold."""
+    checks: dict[str, bool] = {}
+    for name, row in rows.items():
+        wanted = WANTED.get(name.rsplit(" ", 1)[0])
+        if wanted:
+            checks[f"{name}: {wanted} times plain"] = row["speedup"].median >= wanted
+        if "peer_draft_3" in row["tokens_per_second"]:
+            checks[f"{name}: {OVER_PEER} times the peer's best"] = row["over peer's best"].median >= OVER_PEER
+        checks[f"{name}: {WORST} times plain on the worst prompt"] = row["worst prompt"] >= WORST
+    for name, row in predicted.items():
+        within = abs(row["predicted / measured"].median - 1) <= PREDICTED_WITHIN
+        checks[f"{name}: prediction within {PREDICTED_WITHIN:.0%}"] = within
+    return checks
+
+
+def read_prompts(path: Path) -> list[tuple[str, str]]:
+    """Return (category, text) of each line."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [(line["category"], line["prompt"]) for line in lines]
+
+
+def main() -> int:
+    arguments = _arguments()
+    settings = Settings(
+        arguments.target,
+        arguments.draft,
+        read_prompts(arguments.prompts),
+        arguments.temperature,
+        arguments.tokens,
+        arguments.precision,
+    )
+    for folder in (settings.target, settings.draft):
+        add_peer_tokenizer(folder)
+    answers, predictions = in_fresh_processes(settings, arguments.rounds)
+    made = grouped(answers, lambda one: f"{one.category} {one.temperature:g}")
+    rows = {name: summary(group) for name, group in made.items()}
+    made = grouped(predictions, lambda one: f"{one.category} {one.temperature:g} K={one.num_draft_tokens}")
+    predicted = {name: prediction_summary(group) for name, group in made.items()}
+    if arguments.plot:
+        bars = {f"{n} {v}": s for n, row in rows.items() for v, s in row["tokens_per_second"].items()}
+        bar_chart(arguments.plot, "tokens/s", bars)
+    result = {
+        **rows,
+        "prediction": predicted,
+        "plain roofline, tokens/s": read_bandwidth() / (settings.target / "openvino_model.bin").stat().st_size,
+        "setting": {"precision": settings.precision, "tokens": settings.tokens, "rounds": arguments.rounds},
+        "machine": machine(),
+    }
+    return report(result, checks_of(rows, predicted), arguments.json)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=Path, required=True, help="model folder")
+    parser.add_argument("--draft", type=Path, required=True, help="model folder of the same vocabulary")
+    parser.add_argument("--prompts", type=Path, required=True, help="a JSON object a line: prompt, category")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.6])
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
+    parser.add_argument("--rounds", type=int, default=2, help="fresh processes that answer every prompt")
+    parser.add_argument("--precision", default="default", choices=list(PRECISIONS))
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--plot", type=Path, help="SVG file of tokens/s to write")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

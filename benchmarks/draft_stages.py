@@ -1,0 +1,216 @@
+"""FastDraft's ablation: what each stage brings to acceptance, and whether the target's own answers beat original text.
+
+Takes a finished `edge-run train draft` folder. Each stage's model becomes an int8 IR and drafts for the same loaded
+target over the same prompts with the same seeds (K = 3, T = 0.6, as in the paper), so differences are paired by prompt;
+their intervals are bootstraps over prompts. The arm `original` continues from the same model as the stage align, with
+the same number of tokens, on the texts that the target's prompts were taken from instead of on its answers.
+
+    python benchmarks/draft_stages.py --draft WORK/draft --prompts WORK/prompts.jsonl --json --plot stages.png
+
+Checked are the signs of the paper's table: continuing on code lifts code, alignment lifts text, answers beat original
+text, each with an interval that excludes 0; and its final acceptance, text 0.37 and code 0.56.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from measure import machine, report
+from numpy.typing import NDArray
+
+from edge_runtime import EdgeLLM
+from edge_runtime.bench.prompts import read_prompts
+from edge_runtime.drafters import DraftModel
+from edge_runtime.engine import Engine
+
+NUM_DRAFT_TOKENS, TEMPERATURE = 3, 0.6
+FINAL = {"text": 0.37, "code": 0.56}
+"""Acceptance of the paper's aligned Phi-3 draft on summaries and HumanEval."""
+SIGNS = (("continue", "pretrain", "code"), ("align", "continue", "text"), ("align", "original", "text"))
+RESAMPLES = 4000
+
+
+class Counts(NamedTuple):
+    """Accepted and proposed tokens of one prompt."""
+
+    accepted: int
+    proposed: int
+
+
+def original_arm(draft: Path) -> Path:
+    """Train the stage align's start on original text, as many tokens as the stage align had; return the model."""
+    from edge_export import corpus
+    from edge_export.fastdraft.answers import answer_windows
+    from edge_export.quiet import quiet
+    from edge_export.train import TrainConfig, best_precision, train
+
+    stages, out = draft / "stages", draft / "stages" / "original"
+    if (out / "model").is_dir():
+        return out / "model"
+    recipe = json.loads((stages / "recipe.json").read_text(encoding="utf-8"))
+    kinds = [np.load(path, mmap_mode="r") for path in sorted(stages.glob("*-*.npy"))]
+    length = kinds[0].shape[1]
+    count = len(answer_windows(stages / "answers.jsonl", length, 0)[0])
+    windows = np.concatenate([some[-1 : -1 - count // len(kinds) : -1] for some in kinds])
+    with quiet():
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(stages / "continue" / "model", dtype="float32")
+    config = TrainConfig(
+        batch_size=recipe["batch_size"],
+        micro_batch_size=recipe["micro_batch_size"],
+        learning_rate=recipe["align_learning_rate"],
+        precision=best_precision(),
+    )
+    model = train(model, corpus.shuffled(windows, 0), out, config)
+    with quiet():
+        model.save_pretrained(out / "model")
+    return out / "model"
+
+
+def exported(model: Path, draft: Path) -> Path:
+    """Return a stage's int8 IR, made where it is not there."""
+    from edge_export.convert import export_model
+
+    folder = model.parent / "int8"
+    if not folder.is_dir():
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (model / name).write_bytes((draft / name).read_bytes())
+        export_model(model, folder, weights="int8")
+    return folder
+
+
+def count_prompt(llm: EdgeLLM, text: str, seed: int, num_tokens: int) -> Counts:
+    """Return what was accepted of one answer's drafts."""
+    metrics = llm.generate(
+        text,
+        max_new_tokens=num_tokens,
+        num_draft_tokens=NUM_DRAFT_TOKENS,
+        temperature=TEMPERATURE,
+        seed=seed,
+        ignore_eos=True,
+    ).metrics
+    return Counts(metrics.accepted_tokens, metrics.proposed_tokens)
+
+
+def measure(target: Path, drafts: dict[str, Path], prompts: Path, num_tokens: int) -> dict[str, dict[str, Any]]:
+    """Return counts by category and arm, (N, 2) each."""
+    counts: dict[str, dict[str, list[Counts]]] = {}
+    base = None
+    for name, folder in drafts.items():
+        llm = EdgeLLM.load(target, draft=folder)
+        base = base or llm  # one target for all, so that every arm meets the same numbers
+        assert isinstance(llm.engine.drafter, DraftModel)
+        over = EdgeLLM(Engine(base.engine.target, llm.engine.drafter), llm.tokenizer, llm.manifest, 0.0)
+        for prompt in read_prompts(prompts):
+            made = count_prompt(over, prompt.text, prompt.line, num_tokens)
+            counts.setdefault(prompt.category, {}).setdefault(name, []).append(made)
+    return {category: {arm: np.array(made) for arm, made in arms.items()} for category, arms in counts.items()}
+
+
+def rate(counts: NDArray[np.int64]) -> float:
+    """Return accepted / proposed over all prompts."""
+    return float(counts[:, 0].sum() / counts[:, 1].sum())
+
+
+def interval(one: NDArray[np.int64], other: NDArray[np.int64] | None = None) -> list[float]:
+    """Return the 95 % interval of a rate, or of the difference of two over the same prompts."""
+    random = np.random.default_rng(0)
+    drawn = random.integers(0, len(one), (RESAMPLES, len(one)))
+    rates = [some[drawn][..., 0].sum(1) / some[drawn][..., 1].sum(1) for some in (one, other) if some is not None]
+    values = rates[0] - rates[1] if len(rates) > 1 else rates[0]
+    return [round(float(value), 4) for value in np.quantile(values, (0.025, 0.975))]
+
+
+def rows_of(counts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row for each category and arm."""
+    return [
+        {
+            "category": category,
+            "arm": arm,
+            "acceptance_rate": round(rate(some), 4),
+            "acceptance_rate_ci": interval(some),
+            "prompts": len(some),
+        }
+        for category, arms in counts.items()
+        for arm, some in arms.items()
+    ]
+
+
+def differences_of(counts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row for each sign the paper has, in every category."""
+    return [
+        {
+            "category": category,
+            "difference": f"{one} - {other}",
+            "value": round(rate(arms[one]) - rate(arms[other]), 4),
+            "ci": interval(arms[one], arms[other]),
+        }
+        for one, other in dict.fromkeys((one, other) for one, other, _ in SIGNS)
+        for category, arms in counts.items()
+        if one in arms and other in arms
+    ]
+
+
+def checks_of(rows: list[dict[str, Any]], differences: list[dict[str, Any]]) -> dict[str, bool]:
+    """Return what must hold."""
+    checks = {}
+    for one, other, category in SIGNS:
+        found = [d for d in differences if d["difference"] == f"{one} - {other}" and d["category"] == category]
+        checks[f"{one} is above {other} on {category}, the interval excludes 0"] = any(d["ci"][0] > 0 for d in found)
+    for category, wanted in FINAL.items():
+        final = [row for row in rows if (row["category"], row["arm"]) == (category, "align")]
+        checks[f"final acceptance on {category} is at least {wanted}"] = any(
+            row["acceptance_rate"] >= wanted for row in final
+        )
+    return checks
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw acceptance by arm, a panel for each category."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    categories = list(dict.fromkeys(row["category"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(categories), figsize=(4 * len(categories), 3.6), sharey=True, squeeze=False)
+    for axis, category in zip(axes[0], categories, strict=True):
+        some = [row for row in rows if row["category"] == category]
+        values = [row["acceptance_rate"] for row in some]
+        errors = np.abs(np.array([row["acceptance_rate_ci"] for row in some]).T - values)
+        axis.bar([row["arm"] for row in some], values, yerr=errors, capsize=4, color="#4477aa")
+        axis.set_title(f"{category}, {some[0]['prompts']} prompts")
+        axis.set_ylim(0, 1)
+    axes[0][0].set_ylabel("accepted / proposed, K = 3, T = 0.6")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draft", type=Path, required=True, help="folder made by `edge-run train draft`, all stages")
+    parser.add_argument("--prompts", type=Path, required=True, help="held-out JSON lines with prompt and category")
+    parser.add_argument("--tokens", type=int, default=96, help="of each answer")
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    arguments = parser.parse_args()
+    recipe = json.loads((arguments.draft / "stages" / "recipe.json").read_text(encoding="utf-8"))
+    stages = arguments.draft / "stages"
+    models = {name: stages / name / "model" for name in ("pretrain", "continue", "align")}
+    models["original"] = original_arm(arguments.draft)
+    drafts = {name: exported(model, arguments.draft) for name, model in models.items()}
+    counts = measure(Path(recipe["target"]), drafts, arguments.prompts, arguments.tokens)
+    rows, differences = rows_of(counts), differences_of(counts)
+    if arguments.plot:
+        plot(rows, arguments.plot)
+    result = {"rows": rows, "differences": differences, "machine": machine()}
+    return report(result, checks_of(rows, differences), arguments.json)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

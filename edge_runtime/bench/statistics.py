@@ -1,0 +1,38 @@
+"""Confidence intervals over prompts: percentile bootstrap (Efron 1979) with a fixed seed, so that reports repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+SEED = 0
+
+Interval = tuple[float, float]
+
+
+def median_interval(values: Sequence[float]) -> Interval | None:
+    """Return the interval of the median of one value for each prompt; None without values."""
+    return _bootstrap(np.asarray(values), lambda samples: np.median(samples, axis=1))
+
+
+def ratio_interval(parts: Sequence[int], wholes: Sequence[int]) -> Interval | None:
+    """Return the interval of sum(parts) / sum(wholes), with one of each for each prompt; None where all wholes are 0.
+
+    Prompts are drawn, not the events within them, which depend on each other.
+    """
+    pairs = [(part, whole) for part, whole in zip(parts, wholes, strict=True) if whole]
+    return _bootstrap(np.asarray(pairs), lambda samples: samples[..., 0].sum(axis=1) / samples[..., 1].sum(axis=1))
+
+
+def _bootstrap(prompts: NDArray[Any], statistic: Callable[[NDArray[Any]], NDArray[Any]]) -> Interval | None:
+    """Return the interval of a statistic of (N, ...) values, which takes (RESAMPLES, N, ...) to (RESAMPLES,)."""
+    if not len(prompts):
+        return None
+    drawn = np.random.default_rng(SEED).integers(0, len(prompts), (RESAMPLES, len(prompts)))
+    low, high = np.quantile(statistic(prompts[drawn]), ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return float(low), float(high)

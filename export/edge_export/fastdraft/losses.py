@@ -1,0 +1,107 @@
+"""What alignment minimises: the answer's tokens, or the target's distribution of them.
+
+Sequence-level distillation is cross-entropy on what the target wrote and needs no logits; FastDraft (arXiv 2411.11055)
+found token-level losses to gain little over it. With p the target's and q the draft's distribution of a token:
+
+    ce    -log q(token the target wrote)
+    kl    sum p log(p / q)
+    tvd   1/2 sum |p - q| = 1 - sum min(p, q)
+    lk    -log sum min(p, q): the acceptance rate itself, without tvd's vanishing gradient (LK losses, 2026)
+
+`ce+kl` and `ce+tvd` are means of two. The target's distribution is sparse: its most likely tokens and one bin for all
+others, which only kl and tvd see; lk leaves it out.
+
+A window's tokens carry a mark where the target wrote them, and only those count: bit 31 of the id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_export.corpus import Windows
+from edge_export.one_epoch import window_hash
+from edge_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from edge_export.fastdraft.answers import Teacher
+
+LOSSES = ("ce", "kl", "tvd", "lk", "ce+kl", "ce+tvd")
+WRITTEN = 1 << 31
+"""Marks a token of a window that the target wrote."""
+LEAST = 1e-9
+"""Probabilities below it are taken for it in a logarithm."""
+
+
+def needs_teacher(name: str) -> bool:
+    """Whether a loss looks at the target's distribution.
+
+    Raises:
+        ConfigError: There is no such loss.
+    """
+    if name not in LOSSES:
+        raise ConfigError(f"loss is {name!r}, expected one of {', '.join(LOSSES)}")
+    return name != "ce"
+
+
+def alignment_loss(name: str, windows: Windows, teacher: Teacher | None) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """Return a loss for `train.train`.
+
+    Args:
+        name: One of LOSSES.
+        windows: (N, T) marked windows, to find a batch's rows of the teacher by.
+        teacher: The target's sparse distributions; None for `ce`.
+    """
+    parts = name.split("+")
+    rows = {window_hash(window): index for index, window in enumerate(windows)} if teacher else {}
+
+    def loss(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        is_written = (token_ids[:, 1:] & WRITTEN) > 0
+        ids = token_ids & (WRITTEN - 1)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        logq = torch.log_softmax(logits, -1)[is_written]
+        written = ids[:, 1:][is_written]
+        total = logq.new_zeros(())
+        for part in parts:
+            if part == "ce":
+                total = total - logq.gather(1, written[:, None]).mean()
+            elif teacher:
+                index = [rows[window_hash(window)] for window in token_ids.cpu().numpy()]
+                top_ids, p = teacher.batch(np.array(index), logq.device)
+                keep = is_written
+                total = total + _DIVERGENCES[part](top_ids[:, 1:][keep], p[:, 1:][keep], logq).mean()
+        return total / len(parts)
+
+    return loss
+
+
+def _kl(top_ids: torch.Tensor, p: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
+    """Return KL(p || q) of each row, (N,): of the listed tokens and of all others as one bin."""
+    logq_top = logq.gather(1, top_ids)
+    p_rest = (1 - p.sum(1)).clamp(min=0)
+    q_rest = (1 - logq_top.exp().sum(1)).clamp(min=LEAST)
+    listed = (p * (p.clamp(min=LEAST).log() - logq_top)).sum(1)
+    return listed + p_rest * (p_rest.clamp(min=LEAST).log() - q_rest.log())
+
+
+def _tvd(top_ids: torch.Tensor, p: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
+    """Return the total variation distance of each row, (N,)."""
+    q = logq.gather(1, top_ids).exp()
+    rest = (p.sum(1) - q.sum(1)).abs()
+    return 0.5 * ((p - q).abs().sum(1) + rest)
+
+
+def _lk(top_ids: torch.Tensor, p: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
+    """Return -log of the chance of acceptance of each row, (N,)."""
+    import torch
+
+    return -torch.minimum(p, logq.gather(1, top_ids).exp()).sum(1).clamp(min=LEAST).log()
+
+
+_DIVERGENCES = {"kl": _kl, "tvd": _tvd, "lk": _lk}

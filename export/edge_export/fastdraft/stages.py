@@ -1,0 +1,233 @@
+"""FastDraft's three stages, one after another, each a single pass that goes on after a kill.
+
+OUT/                    the draft: config.json, model.safetensors, the target's tokenizer, training.json
+OUT/openvino/           the same as int8 IR, for the runtime
+OUT/stages/<stage>/     checkpoint with its ledger of seen windows, log.jsonl, and model/ once the stage is done
+OUT/stages/             windows of text; answers.jsonl, what the target wrote; target/, if it had to be exported
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edge_export import corpus
+from edge_export.corpus import Windows
+from edge_export.fastdraft.answers import AnswerConfig, answer_windows, write_answers
+from edge_export.fastdraft.auto_shape import auto_shape
+from edge_export.fastdraft.data import OnProgress, TrainingText, made_once
+from edge_export.fastdraft.losses import alignment_loss
+from edge_export.fastdraft.recipe import STAGES, TEXT_PROMPTS, DraftRecipe
+from edge_export.fastdraft.shape import draft_config
+from edge_export.fastdraft.target import Target, open_target
+from edge_export.quiet import quiet
+from edge_export.train import LOG, Loss, Progress, TrainConfig, best_precision, next_token_loss, train
+from edge_runtime.errors import ConfigError, ModelFormatError
+
+MAY_CHANGE = ("stages", "device", "start")
+"""Options that may differ between the runs of one training."""
+
+
+def train_draft(recipe: DraftRecipe, out: Path, on_progress: OnProgress = lambda *_: None) -> Path:
+    """Make a draft and return its folder; run again with the same recipe, it goes on where it was.
+
+    Args:
+        recipe: What and how.
+        out: The draft's folder.
+        on_progress: Called as the work goes on, in the first process only.
+
+    Raises:
+        ConfigError: An option cannot be used with this target, or there is too little text.
+        ModelFormatError: `out` holds a training with another recipe.
+        ModelPairError: The draft to start from has another vocabulary.
+    """
+    return _Training(recipe, out, on_progress).run()
+
+
+class _Training:
+    """One recipe at work in one folder."""
+
+    def __init__(self, recipe: DraftRecipe, out: Path, on_progress: OnProgress) -> None:
+        from accelerate import PartialState
+
+        self._recipe, self._out, self._work = recipe, out, out / "stages"
+        self._is_main = PartialState().is_main_process
+        self._on_progress: OnProgress = on_progress if self._is_main else lambda *_: None
+
+    def run(self) -> Path:
+        if self._is_main:
+            self._work.mkdir(parents=True, exist_ok=True)
+            _check_same_recipe(self._recipe, self._work / "recipe.json")
+        self._target = self._open_target()
+        self._text = TrainingText(
+            self._recipe, self._target, self._work, is_main=self._is_main, on_progress=self._on_progress
+        )
+        for stage in STAGES:
+            if stage in self._recipe.stages and (stage != "continue" or self._recipe.code):
+                self._run_stage(stage)
+        if self._is_main:
+            self._finish()
+        return self._out
+
+    def _open_target(self) -> Target:
+        recipe = self._recipe
+        self._on_progress("target", 0, 1, "")
+
+        def export(done: Path) -> None:
+            open_target(recipe.target, self._work)
+            done.touch()
+
+        made_once(self._work / "target.done", export, self._is_main)
+        target = open_target(recipe.target, self._work)
+        context = target.manifest.context_length
+        if recipe.window and context and recipe.window > context:
+            raise ConfigError(f"window is {recipe.window}, the target's context holds {context}")
+        if recipe.chat and not target.has_chat_template:
+            raise ConfigError("the target has no chat template", "leave out --chat: prompts are plain text then")
+        return target
+
+    def _run_stage(self, stage: str) -> None:
+        folder = self._work / stage
+        if (folder / "model").is_dir():
+            return
+        windows, loss = self._align_data() if stage == "align" else (self._text.windows(stage), next_token_loss)
+        start = self._start_of(stage)
+        config = self._train_config(is_alignment=stage == "align" and start is not None)
+        model = train(self._start_model(start), windows, folder, config, loss=loss, on_step=self._shower(stage))
+        if self._is_main:
+            with quiet():
+                model.save_pretrained(folder / "model.new")
+            os.replace(folder / "model.new", folder / "model")
+
+    def _shower(self, stage: str) -> Callable[[Progress], None]:
+        def show(progress: Progress) -> None:
+            figure = f"loss {progress.loss:.3f}, {progress.tokens_per_second:,.0f} tokens/s"
+            self._on_progress(stage, progress.step, progress.num_steps, figure)
+
+        return show
+
+    def _train_config(self, is_alignment: bool) -> TrainConfig:
+        recipe = self._recipe
+        return TrainConfig(
+            batch_size=recipe.batch_size,
+            micro_batch_size=recipe.micro_batch_size,
+            learning_rate=recipe.align_learning_rate if is_alignment else recipe.learning_rate,
+            precision=best_precision() if recipe.precision == "auto" else recipe.precision,
+            checkpoint_s=120,
+        )
+
+    def _start_of(self, stage: str) -> Path | None:
+        """Return the model that a stage starts from; None for random weights."""
+        earlier = [self._work / name / "model" for name in STAGES[: STAGES.index(stage)]]
+        done = [model for model in earlier if model.is_dir()]
+        return done[-1] if done else self._recipe.start
+
+    def _start_model(self, start: Path | None) -> Any:
+        with quiet():
+            import torch
+            from transformers import AutoModelForCausalLM
+
+            torch.manual_seed(self._recipe.seed)
+            if start is None:
+                return AutoModelForCausalLM.from_config(self._shape())
+            model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, local_files_only=True)
+        self._target.check_draft(model.config, start)
+        return model
+
+    def _shape(self) -> Any:
+        recipe, target = self._recipe, self._target
+        fixed: dict[str, Any] = {
+            "vocab_size": target.vocab_size,
+            "context_length": target.manifest.context_length or self._text.window,
+            "special_tokens": target.special_tokens,
+        }
+
+        def choose(path: Path) -> None:
+            shape = auto_shape(target.folder, recipe.latency_share, recipe.num_layers, **fixed)
+            path.write_text(json.dumps(dataclasses.asdict(shape), indent=2) + "\n", encoding="utf-8")
+
+        if recipe.size is not None:
+            return draft_config(num_parameters=recipe.size, num_layers=recipe.num_layers, **fixed)
+        chosen = json.loads(made_once(self._work / "shape.json", choose, self._is_main).read_text(encoding="utf-8"))
+        return draft_config(num_parameters=chosen["num_parameters"], num_layers=chosen["num_layers"], **fixed)
+
+    def _align_data(self) -> tuple[Windows, Loss]:
+        recipe, answers = self._recipe, self._work / "answers.jsonl"
+        made_once(self._work / "answers.done", lambda done: self._write_answers(answers, done), self._is_main)
+        windows, teacher = answer_windows(answers, self._text.window, recipe.top_kept)
+        return corpus.shuffled(windows, recipe.seed), alignment_loss(recipe.loss, windows, teacher)
+
+    def _write_answers(self, answers: Path, done: Path) -> None:
+        recipe, prompts = self._recipe, list(self._text.prompts())
+        is_chat = recipe.prompts != TEXT_PROMPTS and self._target.has_chat_template
+        config = AnswerConfig(
+            model=self._target.folder,
+            device=recipe.device,
+            max_new_tokens=recipe.max_new_tokens,
+            chat=is_chat if recipe.chat is None else recipe.chat,
+            top=recipe.top_kept,
+        )
+        begin, written = time.monotonic(), 0
+
+        def on_answer(tokens: int, count: int) -> None:
+            nonlocal written
+            written += tokens
+            self._on_progress("answers", count, len(prompts), f"{written / (time.monotonic() - begin):,.0f} tokens/s")
+
+        write_answers(prompts, config, answers, on_answer)
+        done.touch()
+
+    def _finish(self) -> None:
+        """Put the last stage's model, the tokenizer, the IR and the record of the training into place."""
+        from edge_export.convert import export_model
+
+        done = [self._work / stage for stage in STAGES if (self._work / stage / "model").is_dir()]
+        if not done:
+            raise ConfigError("no stage was run, so there is no draft", "name stages that have data")
+        self._on_progress("export", 0, 1, "")
+        for path in (done[-1] / "model").iterdir():
+            shutil.copyfile(path, self._out / path.name)
+        self._target.copy_tokenizer(self._out)
+        record = {"recipe": _plain(self._recipe), "stages": {folder.name: _summary(folder) for folder in done}}
+        _write_json(self._out / "training.json", record)
+        export_model(self._out, self._out / "openvino", weights="int8", overwrite=True)
+        self._on_progress("export", 1, 1, "")
+
+
+def _plain(recipe: DraftRecipe) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
+    return plain
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name("new-" + path.name)
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _summary(stage: Path) -> dict[str, Any]:
+    """Return a finished stage's updates and its mean loss over the last of them."""
+    entries = [json.loads(line) for line in (stage / LOG).read_text(encoding="utf-8").splitlines()]
+    losses = [entry["loss"] for entry in entries[-20:]]
+    return {"updates": entries[-1]["step"], "loss": round(sum(losses) / len(losses), 4)}
+
+
+def _check_same_recipe(recipe: DraftRecipe, path: Path) -> None:
+    """Keep the options that decide what is learned; refuse to go on with a training that began with others."""
+    told = {name: value for name, value in _plain(recipe).items() if name not in MAY_CHANGE}
+    if not path.is_file():
+        _write_json(path, told)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in told.items():
+        if before.get(name) != value:
+            raise ModelFormatError(
+                f"`{path.parent.parent}` holds a training whose {name} was {before.get(name)}, not {value}",
+                "give the same options to go on with it, or another output folder",
+            )
