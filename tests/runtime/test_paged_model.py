@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from edge_runtime.api import EdgeLLM
+from edge_runtime.config import LoadConfig
+from edge_runtime.devices import compile_properties
 from edge_runtime.errors import DeviceError
 from edge_runtime.manifest import load_manifest
 from tests.tiny_models import SENTENCES, export_tiny, make_hf_model
@@ -264,6 +266,13 @@ def test_threads_are_as_many_as_asked_for(tiny_ir):
     for options, wanted in (({}, 1), ({"num_threads": 2}, 2)):
         llm = EdgeLLM.load(tiny_ir("llama"), precision="f32", **options)
         assert llm.engine.target.model.properties["inference_num_threads"] == wanted
+
+
+def test_two_processes_do_not_share_a_core():
+    """A single thread was pinned, to the first core in every process: two of them took turns on it."""
+    small, large = (compile_properties("CPU", LoadConfig(), size, None) for size in (1 << 20, 1 << 30))
+    assert small["ENABLE_CPU_PINNING"] is False
+    assert "ENABLE_CPU_PINNING" not in large
 
 
 def test_compiled_models_are_kept_in_the_cache_folder(tiny_ir, tmp_path):
