@@ -111,11 +111,15 @@ def installed_files() -> list[str]:
     return names
 
 
-def test_wheel_holds_every_module_and_no_cpp() -> None:
+def test_wheel_holds_every_module_the_embedded_pair_and_no_cpp() -> None:
     installed = set(installed_files())
     expected = set()
     for name, folder in PYPROJECT["tool"]["scikit-build"]["wheel"]["packages"].items():
         expected |= {f"{name}/{path.relative_to(ROOT / folder).as_posix()}" for path in (ROOT / folder).rglob("*.py")}
+    demo = ROOT / "edge_runtime" / "demo"
+    expected |= {
+        path.relative_to(ROOT).as_posix() for path in demo.rglob("*") if path.suffix in (".xml", ".bin", ".json")
+    }
     assert expected <= installed, f"missing: {sorted(expected - installed)}"
     assert not [name for name in installed if name.endswith((".cpp", ".hpp", "CMakeLists.txt"))]
 

@@ -1,10 +1,15 @@
 """`edge-run generate`: the same text as the API, on the right stream, in every way of asking for it."""
 
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 
 from edge_runtime.api import EdgeLLM
 from edge_runtime.metrics import Metrics
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "Once upon a time there was a little fox"
 OPTIONS = {"max_new_tokens": 40, "ignore_eos": True}
 # In f32 an answer does not depend on how many tokens are verified at once.
@@ -117,3 +122,19 @@ def test_text_streams_and_a_closed_pipe_ends_quietly(start_edge_run, long_model)
     process.stdout.close()
     assert process.wait(timeout=30) == 0
     assert process.stderr.read() == b""
+
+
+def test_the_readmes_first_command_runs(edge_run):
+    """No model is named: the embedded pair speaks, and its draft drafts."""
+    block = re.search(r"<!-- first -->\s*```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    name, *args = shlex.split(block[1].split("&&")[1])
+    assert name == "edge-run"
+    done = edge_run(*args, "-n", "40", "--num-draft-tokens", "3")
+    assert done.code == 0
+    assert len(done.out.split()) > 5
+    assert "accepted drafts" in done.err
+
+
+def test_the_embedded_target_without_its_draft(edge_run):
+    done = edge_run("generate", "Once upon a time", "-d", "none", "-n", "8", "--json")
+    assert done.json["metrics"]["proposed_tokens"] == 0
