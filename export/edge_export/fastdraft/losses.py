@@ -64,8 +64,8 @@ def alignment_loss(name: str, windows: Windows, teacher: Teacher | None) -> Call
 
         is_written = (token_ids[:, 1:] & WRITTEN) > 0
         ids = token_ids & (WRITTEN - 1)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        logq = torch.log_softmax(logits, -1)[is_written]
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        logq = torch.log_softmax(logits[is_written].float(), -1)
         written = ids[:, 1:][is_written]
         total = logq.new_zeros(())
         for part in parts:
@@ -74,8 +74,8 @@ def alignment_loss(name: str, windows: Windows, teacher: Teacher | None) -> Call
             elif teacher:
                 index = [rows[window_hash(window)] for window in token_ids.cpu().numpy()]
                 top_ids, p = teacher.batch(np.array(index), logq.device)
-                keep = is_written
-                total = total + _DIVERGENCES[part](top_ids[:, 1:][keep], p[:, 1:][keep], logq).mean()
+                divergence = _DIVERGENCES[part](top_ids[:, 1:][is_written], p[:, 1:][is_written], logq)
+                total = total + divergence.mean()
         return total / len(parts)
 
     return loss
