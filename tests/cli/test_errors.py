@@ -28,10 +28,6 @@ def refused(edge_run, tmp_path, monkeypatch):
     return call
 
 
-def test_no_model(refused):
-    assert "-m FOLDER" in refused(2, "generate", "x")
-
-
 def test_missing_folder(refused):
     assert "`nowhere` does not exist" in refused(1, "generate", "-m", "nowhere", "x")
 

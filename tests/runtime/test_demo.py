@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import ast
+import re
+from collections import Counter
 
 import pytest
 
@@ -11,7 +12,7 @@ from edge_runtime.demo import demo_draft, demo_target
 from edge_runtime.manifest import load_manifest
 
 MOST_BYTES = 20e6
-CODE, STORY = "def read_config(path):\n", "Once upon a time there was a little girl who"
+CODE, STORY = "def read_config(path):", "Once upon a time there was a little girl who"
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +31,12 @@ def test_it_is_small():
 
 
 @pytest.mark.parametrize("prompt", [CODE, STORY])
-@pytest.mark.parametrize("temperature", [0.0, 0.6])
-def test_the_draft_is_worth_something(pair, prompt, temperature):
-    """A random draft of this vocabulary has an acceptance of about 0."""
-    options = {"max_new_tokens": 80, "temperature": temperature, "seed": 0, "ignore_eos": True}
-    metrics = pair.generate(prompt, num_draft_tokens=3, **options).metrics
-    assert metrics.acceptance_rate > 0.2
+def test_the_draft_is_worth_something(pair, prompt):
+    """A draft that knows nothing has an acceptance of 0.01 here."""
+    options = {"max_new_tokens": 60, "temperature": 0.6, "ignore_eos": True, "num_draft_tokens": 3}
+    requests = [pair.generate(prompt, seed=seed, **options).metrics for seed in range(4)]
+    accepted, proposed = (sum(getattr(m, f"{name}_tokens") for m in requests) for name in ("accepted", "proposed"))
+    assert accepted / proposed > 0.25
 
 
 @pytest.mark.parametrize("prompt", [CODE, STORY])
@@ -44,20 +45,15 @@ def test_speculative_answers_equal_plain_ones(pair, prompt):
     assert plain.token_ids == drafted.token_ids
 
 
-def test_code_is_python(pair):
-    """Not every continuation ends where a statement does: the longest part that parses must be most of it."""
-    text = CODE + pair.generate(CODE, max_new_tokens=100).text
-    lines = text.splitlines()
-    parsed = next(count for count in range(len(lines), 0, -1) if parses("\n".join(lines[:count])))
-    assert parsed >= 3
+def test_code_goes_on_as_python_and_a_story_as_english(pair):
+    def words(prompt):
+        return Counter(re.findall(r"[a-z]+", pair.generate(prompt, max_new_tokens=100).text.lower()))
 
-
-def parses(source):
-    try:
-        ast.parse(source)
-    except (SyntaxError, ValueError):
-        return False
-    return True
+    code, story = words(CODE), words(STORY)
+    python = {"self", "def", "return", "raise", "none", "path", "isinstance"}
+    english = {"she", "he", "was", "the", "had", "her", "said"}
+    assert sum(code[word] for word in python) >= 5 > sum(story[word] for word in python)
+    assert sum(story[word] for word in english) >= 8
 
 
 def test_a_draft_of_ones_own_goes_with_the_embedded_target():

@@ -9,10 +9,12 @@ With a distillation loss the target's most likely tokens are kept for every toke
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,7 @@ class AnswerConfig:
         model: Model folder of the target.
         device: OpenVINO device it runs on.
         max_new_tokens: Of one answer.
+        max_tokens: Of all answers, after which no more are written; None for no bound.
         temperatures: Used in turn.
         chat: Put prompts into the target's chat template.
         top: Most likely tokens kept for each token; 0 for none.
@@ -57,6 +60,7 @@ class AnswerConfig:
     model: Path
     device: str = "CPU"
     max_new_tokens: int = 256
+    max_tokens: float | None = None
     temperatures: tuple[float, ...] = TEMPERATURES
     chat: bool = False
     top: int = 0
@@ -82,33 +86,38 @@ def write_answers(
         prompts: Texts, token ids, or None for a prompt that the target writes.
         config: How.
         out: The file; each line has index, temperature, prompt_ids, answer_ids and, if kept, top.
-        on_answer: Called with tokens of the new answer and the number of answers done.
+        on_answer: Called with the number of answers done and of their tokens.
     """
     done = _repair(out)
-    jobs = [Job(index, prompt) for index, prompt in enumerate(prompts) if index not in done]
-    if not jobs:
+    num_tokens, most = sum(done), config.max_tokens or float("inf")
+    jobs = [Job(index, prompt) for index, prompt in enumerate(prompts)][len(done) :]
+    if not jobs or num_tokens >= most:
         return
-    with out.open("a", encoding="utf-8") as file:
-        for count, answer in enumerate(_answers(jobs, config), len(done) + 1):
+    with contextlib.closing(_answers(jobs, config)) as answers, out.open("a", encoding="utf-8") as file:
+        for count, answer in enumerate(answers, len(done) + 1):
             file.write(json.dumps(answer) + "\n")
             file.flush()
+            num_tokens += len(answer["answer_ids"])
             if on_answer:
-                on_answer(len(answer["answer_ids"]), count)
+                on_answer(count, num_tokens)
+            if num_tokens >= most:
+                return
 
 
-def _repair(out: Path) -> set[int]:
-    """Cut off an incomplete last line; return the numbers of the answers that are there."""
+def _repair(out: Path) -> list[int]:
+    """Cut off an incomplete last line; return how many tokens each answer has that is there, in order."""
     if not out.is_file():
-        return set()
+        return []
     content = out.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         with out.open("r+b") as file:
             file.truncate(len(whole))
-    return {json.loads(line)["index"] for line in whole.splitlines()}
+    return [len(json.loads(line)["answer_ids"]) for line in whole.splitlines()]
 
 
-def _answers(jobs: Sequence[Job], config: AnswerConfig) -> Iterator[dict[str, Any]]:
+def _answers(jobs: Sequence[Job], config: AnswerConfig) -> Generator[dict[str, Any], None, None]:
+    """Yield the answers in the order of the jobs."""
     from edge_runtime.manifest import load_manifest
 
     size = load_manifest(config.model).num_parameters or SMALL + 1
@@ -131,7 +140,16 @@ _worker: _Writer
 
 def _start_worker(config: AnswerConfig) -> None:
     global _worker
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _worker = _Writer(config, num_threads=1)
+
+
+def _leave_with_parent() -> None:
+    """End this process when the one that started it was killed: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
 
 
 def _write_in_worker(job: Job) -> dict[str, Any]:

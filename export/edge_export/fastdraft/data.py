@@ -25,8 +25,8 @@ OnProgress = Callable[[str, int, int, str], None]
 
 PROMPT_TOKENS = (8, 64)
 """Shortest and longest beginning of a text that the target is to continue."""
-ANSWERED_SHARE = 0.5
-"""Answers end early: as many prompts as if each answer had this share of its longest."""
+SHORTEST_SHARE = 1 / 8
+"""Answers end early: there are prompts enough even if each answer had only this share of its longest."""
 
 
 def made_once(path: Path, make: Callable[[Path], None], is_main: bool) -> Path:
@@ -101,7 +101,7 @@ class TrainingText:
     def prompts(self) -> Iterator[str | list[int] | None]:
         """Yield what the target is to answer: texts, token ids, or None for a prompt of its own."""
         recipe = self._recipe
-        wanted = recipe.num_answers or max(1, int(recipe.answer_tokens / recipe.max_new_tokens / ANSWERED_SHARE))
+        wanted = recipe.num_answers or max(1, int(recipe.answer_tokens / recipe.max_new_tokens / SHORTEST_SHARE))
         if recipe.prompts == OWN_PROMPTS:
             yield from [None] * wanted
         elif recipe.prompts == TEXT_PROMPTS:

@@ -23,7 +23,7 @@ from edge_export.fastdraft.answers import AnswerConfig, answer_windows, write_an
 from edge_export.fastdraft.auto_shape import auto_shape
 from edge_export.fastdraft.data import OnProgress, TrainingText, made_once
 from edge_export.fastdraft.losses import alignment_loss
-from edge_export.fastdraft.recipe import STAGES, TEXT_PROMPTS, DraftRecipe
+from edge_export.fastdraft.recipe import OWN_PROMPTS, STAGES, TEXT_PROMPTS, DraftRecipe
 from edge_export.fastdraft.shape import draft_config
 from edge_export.fastdraft.target import Target, open_target
 from edge_export.quiet import quiet
@@ -165,20 +165,24 @@ class _Training:
 
     def _write_answers(self, answers: Path, done: Path) -> None:
         recipe, prompts = self._recipe, list(self._text.prompts())
+        has_no_end = recipe.num_answers is None and recipe.prompts in (TEXT_PROMPTS, OWN_PROMPTS)
         is_chat = recipe.prompts != TEXT_PROMPTS and self._target.has_chat_template
         config = AnswerConfig(
             model=self._target.folder,
             device=recipe.device,
             max_new_tokens=recipe.max_new_tokens,
+            max_tokens=recipe.answer_tokens if has_no_end else None,
             chat=is_chat if recipe.chat is None else recipe.chat,
             top=recipe.top_kept,
         )
-        begin, written = time.monotonic(), 0
+        began: list[tuple[float, int]] = []
 
-        def on_answer(tokens: int, count: int) -> None:
-            nonlocal written
-            written += tokens
-            self._on_progress("answers", count, len(prompts), f"{written / (time.monotonic() - begin):,.0f} tokens/s")
+        def on_answer(count: int, num_tokens: int) -> None:
+            now = time.monotonic()
+            began.append((now, num_tokens))
+            speed = (num_tokens - began[0][1]) / max(now - began[0][0], 1e-9)
+            done, wanted = (num_tokens, int(config.max_tokens)) if config.max_tokens else (count, len(prompts))
+            self._on_progress("answers", done, wanted, f"{speed:,.0f} tokens/s")
 
         write_answers(prompts, config, answers, on_answer)
         done.touch()
