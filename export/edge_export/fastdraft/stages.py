@@ -217,9 +217,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _summary(stage: Path) -> dict[str, Any]:
     """Return a finished stage's updates and its mean loss over the last of them."""
-    entries = [json.loads(line) for line in (stage / LOG).read_text(encoding="utf-8").splitlines()]
-    losses = [entry["loss"] for entry in entries[-20:]]
-    return {"updates": entries[-1]["step"], "loss": round(sum(losses) / len(losses), 4)}
+    lines = (stage / LOG).read_text(encoding="utf-8").splitlines()
+    by_step = {entry["step"]: entry["loss"] for entry in map(json.loads, lines)}  # a kill makes a step come again
+    losses = list(by_step.values())[-20:]
+    return {"updates": max(by_step), "loss": round(sum(losses) / len(losses), 4)}
 
 
 def _check_same_recipe(recipe: DraftRecipe, path: Path) -> None:
