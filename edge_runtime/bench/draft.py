@@ -112,10 +112,10 @@ class DraftBench:
         for source in kinds.values():
             if source:
                 source.start(context)
-        for _ in range(REPEATS):
-            for (drafter, length), source in kinds.items():
-                step = run_step(self._target, source, context, length, self._sampler(context))
-                self._steps[prompt.category, drafter, length].append(step)
+        for (drafter, length), source in kinds.items():
+            sampler = self._sampler(context)
+            steps = [run_step(self._target, source, context, length, sampler) for _ in range(1 + REPEATS)]
+            self._steps[prompt.category, drafter, length] += steps[1:]
 
     def _sampler(self, ids: list[int]) -> Sampler:
         return Sampler(self._settings.request(), ids, random_source(0))

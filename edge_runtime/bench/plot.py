@@ -15,6 +15,10 @@ TOLERANCE = 0.1
 STYLES = {"draft": ("o", "-"), "lookup": ("s", "--"), "random": ("x", ":")}
 """Marker and line of each drafter; a category has its colour."""
 
+DODGE = 0.06
+"""Between the categories' points at one K, so that their intervals can be told apart."""
+_BARS: dict[str, Any] = {"capsize": 2, "elinewidth": 1}
+
 Rows = list[dict[str, Any]]
 
 
@@ -65,8 +69,8 @@ def _draw_acceptance(axes: Any, rows: Rows, colors: dict[str, str]) -> None:
             ]
             if points:
                 lengths, rates, intervals = zip(*points, strict=True)
-                errors = _errors(rates, intervals)
-                axes.errorbar(lengths, rates, errors, color=color, marker=marker, linestyle=line, capsize=3)
+                beside = [length + DODGE * list(colors).index(category) for length in lengths]
+                axes.errorbar(beside, rates, _errors(rates, intervals), color=color, marker=marker, ls=line, **_BARS)
     axes.set(title="Accepted drafts", xlabel="K, drafted tokens for each step", ylabel="accepted / proposed")
     axes.set_xticks(sorted({row["num_draft_tokens"] for row in rows} - {0, "auto"}))
     axes.set_ylim(-0.03, 1.03)
@@ -78,11 +82,13 @@ def _draw_speedup(axes: Any, rows: Rows, colors: dict[str, str]) -> None:
     for row in drawn:
         errors = _errors([row["speedup"]], [row["speedup_ci"]])
         point = (row["predicted_speedup"], row["speedup"])
-        style = {"color": colors[row["category"]], "marker": STYLES[row["drafter"]][0]}
-        axes.errorbar(point[0], point[1], errors, capsize=3, **style)
+        color = colors[row["category"]]
+        axes.errorbar(*point, errors, color=color, marker=STYLES[row["drafter"]][0], **_BARS)
         if row["drafter"] == "draft":
-            axes.annotate(str(row["num_draft_tokens"]), point, (5, 4), textcoords="offset points", fontsize=8)
-    longest = 1.1 * max([1.0, *(max(row["speedup_ci"][1], row["predicted_speedup"]) for row in drawn)])
+            label = str(row["num_draft_tokens"])
+            axes.annotate(label, point, (6, -9), textcoords="offset points", fontsize=8, color=color)
+    # Of the points, not of their bars: one wide interval would squeeze all others into a corner.
+    longest = 1.25 * max([1.0, *(max(row["speedup"], row["predicted_speedup"]) for row in drawn)])
     ends = [0.0, longest]
     axes.fill_between(
         ends, [(1 - TOLERANCE) * end for end in ends], [(1 + TOLERANCE) * end for end in ends], color="0.92", zorder=0
