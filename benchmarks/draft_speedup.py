@@ -5,10 +5,8 @@ the draft paced automatically, openvino_genai plain and, greedy, with the draft 
 better one counts (its sampling with a draft is not the target's: sampling_distribution.py). Each round is a fresh
 process, the frameworks loaded in alternating order: which of two models gets memory in large pages is luck.
 
-Prediction, in a process of its own so that pacing learns nothing from it: with fixed K, block efficiency τ (tokens for
-each target forward) and the costs of single forwards,
-
-    speedup = τ t_target(1) / (K t_draft + t_target(K + 1)).
+Prediction, in a process of its own so that pacing learns nothing from it: `edge-run bench draft`'s, from the costs of
+single steps (edge_runtime/bench/steps.py), with fixed K.
 
 Roofline: plain decoding reads every weight for each token; `plain roofline` is measured read bandwidth / weight bytes.
 
@@ -20,7 +18,6 @@ FILE holds a JSON object a line: {"prompt": ..., "category": "code" or "text" or
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,16 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from decode import PRECISIONS, read_bandwidth
-from draft_prediction import (
-    BLOCKS,
-    Prediction,
-    Settings,
-    edge_answer,
-    encoded,
-    load_pair,
-    prediction_round,
-    prediction_summary,
-)
 from measure import (
     add_peer_tokenizer,
     bar_chart,
@@ -50,9 +37,28 @@ from measure import (
     spread,
 )
 
+from edge_runtime import EdgeLLM
+from edge_runtime.bench.draft import DraftBench
+from edge_runtime.bench.prompts import Prompt, read_prompts
+from edge_runtime.bench.settings import DraftSettings
+from edge_runtime.tokenizer import Tokenizer
+
+BLOCKS = (3, 5)
+"""K of the peer, and of the prediction."""
 WANTED = {"code": 2.0, "text": 1.6}
 """Category to the speedup over plain decoding that is checked."""
 OVER_PEER, WORST, PREDICTED_WITHIN = 1.15, 0.97, 0.1
+
+
+class Settings(NamedTuple):
+    """What all rounds share."""
+
+    target: Path
+    draft: Path
+    prompts: list[Prompt]
+    temperatures: list[float]
+    tokens: int
+    precision: str
 
 
 class Answer(NamedTuple):
@@ -69,6 +75,26 @@ class Answer(NamedTuple):
 
 Variant = Callable[[list[int], float], tuple[Any, ...]]
 """Token ids and temperature to the last fields of an Answer."""
+
+
+def load_pair(settings: Settings) -> EdgeLLM:
+    """Load target and draft with EdgeLLM."""
+    return EdgeLLM.load(settings.target, draft=settings.draft, **PRECISIONS[settings.precision][0])
+
+
+def edge_answer(
+    llm: EdgeLLM, settings: Settings, ids: list[int], temperature: float, num_draft_tokens: int | str
+) -> tuple[float, float, tuple[int, ...]]:
+    """Answer once; return tokens/s, block efficiency and the answer."""
+    made = llm.generate(
+        ids,
+        max_new_tokens=settings.tokens,
+        temperature=temperature,
+        num_draft_tokens=num_draft_tokens,
+        seed=0,
+        ignore_eos=True,
+    )
+    return made.metrics.tokens_per_second, made.metrics.block_efficiency, tuple(made.token_ids)
 
 
 def edge_variants(settings: Settings) -> dict[str, Variant]:
@@ -113,7 +139,8 @@ def speed_round(settings: Settings, is_edge_first: bool) -> list[Answer]:
     """Answer each prompt with each variant, in turn, after one answer of each to warm up."""
     makers = [edge_variants, peer_variants] if is_edge_first else [peer_variants, edge_variants]
     variants = {name: run for make in makers for name, run in make(settings).items()}
-    prompts = encoded(settings)
+    tokenizer = Tokenizer(settings.target)
+    prompts = [(prompt.category, prompt.line, tokenizer.encode(prompt.text)) for prompt in settings.prompts]
     answers: list[Answer] = []
     for temperature in settings.temperatures:
         suited = {name: run for name, run in variants.items() if not temperature or "peer_draft" not in name}
@@ -125,10 +152,33 @@ def speed_round(settings: Settings, is_edge_first: bool) -> list[Answer]:
     return answers
 
 
-def in_fresh_processes(settings: Settings, rounds: int) -> tuple[list[Answer], list[Prediction]]:
+def prediction_round(settings: Settings) -> list[dict[str, Any]]:
+    """Return the rows of `edge-run bench draft` for each K: what step costs predict, and what came out."""
+    rows: list[dict[str, Any]] = []
+    for temperature in settings.temperatures:
+        asked = DraftSettings(
+            num_draft_tokens=BLOCKS, max_new_tokens=settings.tokens, temperature=temperature, drafters=("draft",)
+        )
+        bench = DraftBench(load_pair(settings), settings.prompts, asked)
+        for _ in bench.run():
+            pass
+        rows += [row for row in bench.rows() if row["num_draft_tokens"] in BLOCKS]
+    return rows
+
+
+def prediction_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return predicted and measured speed-ups of one category, temperature and K, over the rounds."""
+    names = {"predicted": "predicted_speedup", "measured": "speedup"}
+    figures = {name: [row[column] for row in rows] for name, column in names.items()}
+    ratio = [one / other for one, other in zip(*figures.values(), strict=True)]
+    figures["predicted / measured"] = ratio
+    return {name: statistics.median(values) for name, values in figures.items()}
+
+
+def in_fresh_processes(settings: Settings, rounds: int) -> tuple[list[Answer], list[dict[str, Any]]]:
     """Run all rounds, each in a process of its own; return their figures."""
     answers: list[Answer] = []
-    predictions: list[Prediction] = []
+    predictions: list[dict[str, Any]] = []
     for index in range(rounds):
         with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
             answers += fresh.submit(speed_round, settings, index % 2 == 0).result()
@@ -181,15 +231,9 @@ def checks_of(rows: dict[str, dict[str, Any]], predicted: dict[str, dict[str, An
             checks[f"{name}: {OVER_PEER} times the peer's best"] = row["over peer's best"].median >= OVER_PEER
         checks[f"{name}: {WORST} times plain on the worst prompt"] = row["worst prompt"] >= WORST
     for name, row in predicted.items():
-        within = abs(row["predicted / measured"].median - 1) <= PREDICTED_WITHIN
+        within = abs(row["predicted / measured"] - 1) <= PREDICTED_WITHIN
         checks[f"{name}: prediction within {PREDICTED_WITHIN:.0%}"] = within
     return checks
-
-
-def read_prompts(path: Path) -> list[tuple[str, str]]:
-    """Return (category, text) of each line."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [(line["category"], line["prompt"]) for line in lines]
 
 
 def main() -> int:
@@ -207,7 +251,7 @@ def main() -> int:
     answers, predictions = in_fresh_processes(settings, arguments.rounds)
     made = grouped(answers, lambda one: f"{one.category} {one.temperature:g}")
     rows = {name: summary(group) for name, group in made.items()}
-    made = grouped(predictions, lambda one: f"{one.category} {one.temperature:g} K={one.num_draft_tokens}")
+    made = grouped(predictions, lambda row: "{category} {temperature:g} K={num_draft_tokens}".format(**row))
     predicted = {name: prediction_summary(group) for name, group in made.items()}
     if arguments.plot:
         bars = {f"{n} {v}": s for n, row in rows.items() for v, s in row["tokens_per_second"].items()}
@@ -232,7 +276,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="fresh processes that answer every prompt")
     parser.add_argument("--precision", default="default", choices=list(PRECISIONS))
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    parser.add_argument("--plot", type=Path, help="SVG file of tokens/s to write")
+    parser.add_argument("--plot", type=Path, help="picture of tokens/s to write")
     return parser.parse_args()
 
 

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from measure import machine, report
-from numpy.typing import NDArray
 
 from edge_runtime import EdgeLLM
 from edge_runtime.bench.prompts import read_prompts
+from edge_runtime.bench.rows import rounded
+from edge_runtime.bench.statistics import ratio_difference_interval, ratio_interval
 from edge_runtime.drafters import DraftModel
 from edge_runtime.engine import Engine
 
@@ -31,7 +32,6 @@ NUM_DRAFT_TOKENS, TEMPERATURE = 3, 0.6
 FINAL = {"text": 0.37, "code": 0.56}
 """Acceptance of the paper's aligned Phi-3 draft on summaries and HumanEval."""
 SIGNS = (("continue", "pretrain", "code"), ("align", "continue", "text"), ("align", "original", "text"))
-RESAMPLES = 4000
 
 
 class Counts(NamedTuple):
@@ -39,6 +39,9 @@ class Counts(NamedTuple):
 
     accepted: int
     proposed: int
+
+
+Table = dict[str, dict[str, list[Counts]]]
 
 
 def original_arm(draft: Path) -> Path:
@@ -97,9 +100,9 @@ def count_prompt(llm: EdgeLLM, text: str, seed: int, num_tokens: int) -> Counts:
     return Counts(metrics.accepted_tokens, metrics.proposed_tokens)
 
 
-def measure(target: Path, drafts: dict[str, Path], prompts: Path, num_tokens: int) -> dict[str, dict[str, Any]]:
-    """Return counts by category and arm, (N, 2) each."""
-    counts: dict[str, dict[str, list[Counts]]] = {}
+def measure(target: Path, drafts: dict[str, Path], prompts: Path, num_tokens: int) -> Table:
+    """Return the counts of each prompt by category and arm."""
+    counts: Table = {}
     base = None
     for name, folder in drafts.items():
         llm = EdgeLLM.load(target, draft=folder)
@@ -109,31 +112,22 @@ def measure(target: Path, drafts: dict[str, Path], prompts: Path, num_tokens: in
         for prompt in read_prompts(prompts):
             made = count_prompt(over, prompt.text, prompt.line, num_tokens)
             counts.setdefault(prompt.category, {}).setdefault(name, []).append(made)
-    return {category: {arm: np.array(made) for arm, made in arms.items()} for category, arms in counts.items()}
+    return counts
 
 
-def rate(counts: NDArray[np.int64]) -> float:
+def rate(counts: list[Counts]) -> float:
     """Return accepted / proposed over all prompts."""
-    return float(counts[:, 0].sum() / counts[:, 1].sum())
+    return sum(one.accepted for one in counts) / sum(one.proposed for one in counts)
 
 
-def interval(one: NDArray[np.int64], other: NDArray[np.int64] | None = None) -> list[float]:
-    """Return the 95 % interval of a rate, or of the difference of two over the same prompts."""
-    random = np.random.default_rng(0)
-    drawn = random.integers(0, len(one), (RESAMPLES, len(one)))
-    rates = [some[drawn][..., 0].sum(1) / some[drawn][..., 1].sum(1) for some in (one, other) if some is not None]
-    values = rates[0] - rates[1] if len(rates) > 1 else rates[0]
-    return [round(float(value), 4) for value in np.quantile(values, (0.025, 0.975))]
-
-
-def rows_of(counts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def rows_of(counts: Table) -> list[dict[str, Any]]:
     """Return one row for each category and arm."""
     return [
         {
             "category": category,
             "arm": arm,
             "acceptance_rate": round(rate(some), 4),
-            "acceptance_rate_ci": interval(some),
+            "acceptance_rate_ci": rounded(ratio_interval(*zip(*some, strict=True))),
             "prompts": len(some),
         }
         for category, arms in counts.items()
@@ -141,14 +135,14 @@ def rows_of(counts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def differences_of(counts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def differences_of(counts: Table) -> list[dict[str, Any]]:
     """Return one row for each sign the paper has, in every category."""
     return [
         {
             "category": category,
             "difference": f"{one} - {other}",
             "value": round(rate(arms[one]) - rate(arms[other]), 4),
-            "ci": interval(arms[one], arms[other]),
+            "ci": rounded(ratio_difference_interval(arms[one], arms[other])),
         }
         for one, other in dict.fromkeys((one, other) for one, other, _ in SIGNS)
         for category, arms in counts.items()

@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,22 +93,17 @@ def peer_tpot_ms(pipeline: Any, inputs: Any, config: Any) -> float:
 
 
 def bar_chart(path: Path, title: str, bars: Mapping[str, Spread]) -> None:
-    """Write an SVG of one bar for each name: the median, with a line from the 10th to the 90th percentile."""
-    scale = 380 / max(bar.p90 for bar in bars.values())
-    rows = [f'<text x="8" y="20" font-weight="bold">{escape(title)}</text>']
-    for index, (name, bar) in enumerate(bars.items()):
-        y = 36 + 22 * index
-        low, middle, high = (200 + scale * value for value in (bar.p10, bar.median, bar.p90))
-        rows += [
-            f'<text x="190" y="{y + 13}" text-anchor="end">{escape(name)}</text>',
-            f'<rect x="200" y="{y}" width="{middle - 200:.1f}" height="16" fill="#4a7ebb"/>',
-            f'<path d="M{low:.1f} {y + 8}H{high:.1f}" stroke="black"/>',
-            f'<text x="{high + 6:.1f}" y="{y + 13}">{bar.median:.1f}</text>',
-        ]
-    size = f'width="640" height="{44 + 22 * len(bars)}"'
-    style = 'font-family="sans-serif" font-size="12"'
-    svg = "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>', *rows, "</svg>"])
-    path.write_text(svg + "\n", encoding="utf-8")
+    """Draw one bar for each name: the median, with a line from the 10th to the 90th percentile."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 0.3 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    medians, lows, highs = zip(*bars.values(), strict=True)
+    ends = np.abs(np.array([lows, highs]) - medians)
+    axes.barh(list(bars), medians, xerr=ends, capsize=2, color="#4477aa")
+    axes.invert_yaxis()
+    axes.set_xlabel(title)
+    figure.savefig(path, dpi=120)
 
 
 def report(result: dict[str, Any], checks: Mapping[str, bool], as_json: bool) -> int:

@@ -139,16 +139,8 @@ class Lab:
 
 def make_windows(text: Path) -> corpus.Windows:
     """Return the windows of a text under a byte-level BPE of its own."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
     files = corpus.text_files([text])
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(map(corpus.read_text, files), trainer)
+    tokenizer = corpus.train_bpe(files, VOCAB_SIZE, "<end>")
     return corpus.cut(corpus.tokenize(files, tokenizer, 0), WINDOW)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from edge_runtime.config import GenerationConfig, LoadConfig
-from edge_runtime.demo import demo_draft, demo_target
+from edge_runtime.demo import or_demo
 from edge_runtime.devices import check_device
 from edge_runtime.drafters import DraftModel
 from edge_runtime.engine import Engine, check_prompt
@@ -67,8 +67,7 @@ class EdgeLLM:
         """
         started = time.perf_counter()
         config = LoadConfig.from_options(device=device, **options)
-        if model is None:
-            model, draft = demo_target(), draft or demo_draft()
+        model, draft = or_demo(model, draft)
         folder = Path(model)
         manifest = load_manifest(folder)
         draft_manifest = load_manifest(Path(draft)) if draft is not None else None

@@ -88,6 +88,11 @@ def load_manifest(folder: Path) -> Manifest:
     return _from_manifest(path) if path.is_file() else _from_config(folder)
 
 
+def weight_bytes(folder: Path) -> int:
+    """Return the bytes of a model folder's weights."""
+    return (folder / MODEL_NAME).with_suffix(".bin").stat().st_size
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; {} where the file does not exist.
 

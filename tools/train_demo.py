@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from edge_export import corpus
 from edge_export.convert import export_model
 from edge_export.fastdraft.recipe import DraftRecipe
@@ -43,23 +45,11 @@ def code_files() -> list[Path]:
     return sorted(files, key=lambda path: any(part in FIRST_IN_CODE for part in path.relative_to(root).parts))
 
 
-def train_tokenizer(files: Sequence[Path], out: Path) -> Any:
-    """Return the byte-level BPE tokenizer, trained on the files where `out` has none."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
+def make_tokenizer(files: Sequence[Path], out: Path) -> Tokenizer:
+    """Return the tokenizer, trained on the files where `out` has none."""
     if not (out / "tokenizer.json").is_file():
         out.mkdir(parents=True, exist_ok=True)
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=VOCAB_SIZE,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(map(corpus.read_text, files), trainer)
-        tokenizer.save(str(out / "tokenizer.json"))
+        corpus.train_bpe(files, VOCAB_SIZE, END_OF_TEXT).save(str(out / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": CONTEXT}
         (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return Tokenizer.from_file(str(out / "tokenizer.json"))
@@ -70,13 +60,13 @@ def text_paths(arguments: argparse.Namespace) -> tuple[Path, ...]:
     return (arguments.books / "children", arguments.stories, arguments.books / "adult")
 
 
-def windows_of(kind: str, arguments: argparse.Namespace, tokenizer: Any) -> tuple[corpus.Windows, corpus.Windows]:
+def windows_of(kind: str, arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[corpus.Windows, corpus.Windows]:
     """Return the windows of text or code to train on, in the order of the files, and those held out."""
     files = corpus.text_files(text_paths(arguments)[:2]) if kind == "text" else code_files()
     return corpus.split(corpus.cut(corpus.tokenize(files, tokenizer, end_of_text=0), CONTEXT))
 
 
-def target_windows(arguments: argparse.Namespace, tokenizer: Any) -> corpus.Windows:
+def target_windows(arguments: argparse.Namespace, tokenizer: Tokenizer) -> corpus.Windows:
     """Return the training windows in order: text and code in fixed shares, as many as the budget holds."""
     wanted = arguments.tokens // CONTEXT
     parts = []
@@ -86,7 +76,7 @@ def target_windows(arguments: argparse.Namespace, tokenizer: Any) -> corpus.Wind
     return corpus.mix(parts, seed=0)[:wanted]
 
 
-def write_prompts(arguments: argparse.Namespace, tokenizer: Any, path: Path) -> None:
+def write_prompts(arguments: argparse.Namespace, tokenizer: Tokenizer, path: Path) -> None:
     """Write beginnings of windows that were held out, with their category."""
     if path.is_file():
         return
@@ -145,7 +135,7 @@ def train_target(arguments: argparse.Namespace, out: Path) -> Path:
     if (out / "target-int8").is_dir():
         return out / "target-int8"
     children = corpus.text_files(text_paths(arguments)[:2])
-    tokenizer = train_tokenizer([*children, *code_files()], out / "tokenizer")
+    tokenizer = make_tokenizer([*children, *code_files()], out / "tokenizer")
     name = out / f"windows-{arguments.tokens}.npy"
     windows = corpus.load_or_make(name, lambda: target_windows(arguments, tokenizer))
     config = TrainConfig(batch_size=4, micro_batch_size=2, learning_rate=5e-3, precision=best_precision(), warmup=0.03)

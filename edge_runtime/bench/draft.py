@@ -23,7 +23,7 @@ from edge_runtime.bench.steps import REPEATS, Step, median_step, predicted_speed
 from edge_runtime.bench.variants import Variant, make_variants
 from edge_runtime.engine import check_prompt, random_source
 from edge_runtime.errors import ConfigError, ContextOverflowError
-from edge_runtime.manifest import MODEL_NAME, load_manifest
+from edge_runtime.manifest import load_manifest, weight_bytes
 from edge_runtime.metrics import Metrics, mbsu
 from edge_runtime.sampling import Sampler
 from edge_runtime.stream import GenerationResult
@@ -49,7 +49,11 @@ class DraftBench:
         self._prompts, self._settings, self._relative_size = prompts, settings, relative_size
         self._target, self._draft = llm.engine.target, llm.engine.drafter
         self._ids = [_encode(llm, prompt, settings.is_chat) for prompt in prompts]
-        self._variants = make_variants(llm, settings.num_draft_tokens)
+        self._variants = [
+            variant
+            for variant in make_variants(llm, settings.num_draft_tokens)
+            if variant.drafter in ("plain", *settings.drafters)
+        ]
         self._answers: dict[str, list[list[GenerationResult]]] = defaultdict(list)  # by category, prompt, variant
         self._steps: dict[tuple[str, str, int], list[Step]] = defaultdict(list)  # by category, drafter, tokens
 
@@ -167,8 +171,7 @@ def relative_size(target: Path, draft: Path) -> float:
     parameters = [load_manifest(folder).num_parameters for folder in (target, draft)]
     if parameters[0] and parameters[1]:
         return parameters[1] / parameters[0]
-    target_bytes, draft_bytes = ((folder / MODEL_NAME).with_suffix(".bin").stat().st_size for folder in (target, draft))
-    return draft_bytes / target_bytes
+    return weight_bytes(draft) / weight_bytes(target)
 
 
 def _encode(llm: EdgeLLM, prompt: Prompt, is_chat: bool) -> list[int]:

@@ -17,12 +17,14 @@ class DraftSettings:
         num_draft_tokens: Every K; the draft is also measured with the pacing's own choice.
         max_new_tokens: Of each answer.
         temperature: 0 is greedy. Otherwise a prompt's line seeds all its answers.
+        drafters: What is measured beside plain decoding, in the words of a row.
         is_chat: Whether prompts are questions, to be asked in the model's chat template.
     """
 
     num_draft_tokens: tuple[int, ...] = (1, 3, 5)
     max_new_tokens: int = 128
     temperature: float = 0.0
+    drafters: tuple[str, ...] = ("draft", "lookup", "random")
     is_chat: bool = False
 
     def __post_init__(self) -> None:

@@ -29,6 +29,23 @@ def ratio_interval(parts: Sequence[int], wholes: Sequence[int]) -> Interval | No
     return _bootstrap(np.asarray(pairs), lambda samples: samples[..., 0].sum(axis=1) / samples[..., 1].sum(axis=1))
 
 
+def ratio_difference_interval(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) -> Interval | None:
+    """Return the interval of the difference of two such ratios over the same prompts, drawn together.
+
+    Args:
+        one: Part and whole of each prompt.
+        other: The same, in the same order.
+    """
+    both = [(*a, *b) for a, b in zip(one, other, strict=True) if a[1] and b[1]]
+
+    def difference(samples: NDArray[Any]) -> NDArray[Any]:
+        sums = samples.sum(axis=1)
+        result: NDArray[Any] = sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3]
+        return result
+
+    return _bootstrap(np.asarray(both), difference)
+
+
 def _bootstrap(prompts: NDArray[Any], statistic: Callable[[NDArray[Any]], NDArray[Any]]) -> Interval | None:
     """Return the interval of a statistic of (N, ...) values, which takes (RESAMPLES, N, ...) to (RESAMPLES,)."""
     if not len(prompts):

@@ -14,6 +14,7 @@ from edge_runtime.cli import INTERRUPTED, console
 from edge_runtime.cli.options import ModelOptions
 from edge_runtime.cli.running import load_model
 from edge_runtime.config import LoadConfig
+from edge_runtime.demo import or_demo
 from edge_runtime.errors import ConfigError, EdgeError
 
 if TYPE_CHECKING:
@@ -115,11 +116,9 @@ def _pair(target: Path | None, draft: Path | None) -> tuple[Path, Path]:
     """Return the folders that are named, and the embedded ones for those that are not."""
     if target and not draft:
         raise ConfigError("no draft is named for this target", "name its folder with `-d FOLDER`")
-    if target and draft:
-        return target, draft
-    from edge_runtime.demo import demo_draft, demo_target
-
-    return demo_target(), draft or demo_draft()
+    named, drafter = or_demo(target, draft)
+    assert drafter is not None
+    return Path(named), Path(drafter)
 
 
 def _run(bench: DraftBench) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 import typer
 
 from edge_runtime.config import GenerationConfig, LoadConfig
-from edge_runtime.demo import demo_draft, demo_target
+from edge_runtime.demo import or_demo
 from edge_runtime.errors import ConfigError
 
 MODEL, ANSWER, SAMPLING, DRAFTING, DEVICE = "Model", "Answer", "Sampling", "Drafting", "Device"
@@ -129,11 +129,10 @@ class ModelOptions:
         Raises:
             ConfigError: A value is bad.
         """
-        if model is None:
-            model, draft = str(demo_target()), draft or str(demo_draft())
+        target, drafter = or_demo(model, draft)
         given = {name: _OPTIONS[name].parse(word) for name, word in words.items() if word not in (None, [])}
         load, generation = (_checked(config, given) for config in (LoadConfig, GenerationConfig))
-        return cls(model, None if draft in (None, "none") else draft, load, generation)
+        return cls(str(target), None if drafter in (None, "none") else str(drafter), load, generation)
 
 
 def with_model_options(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,51 +18,33 @@ _DATA, _SHAPE, _ALIGNMENT, _TRAINING = "Data", "Shape", "Alignment", "Training"
 _Files = list[Path] | None
 
 
+def _option(group: str, metavar: str, help: str, *flags: str) -> Any:
+    return typer.Option(*flags, metavar=metavar, help=help, rich_help_panel=group)
+
+
 def train_draft(
     target: Annotated[str, typer.Option(metavar="MODEL", help="The target: checkpoint, hub id or model folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="To make, or to go on with.")],
-    text: Annotated[
-        _Files, typer.Option(metavar="PATH", help="Text files or folders. Repeatable.", rich_help_panel=_DATA)
-    ] = None,
-    code: Annotated[
-        _Files, typer.Option(metavar="PATH", help="The same of source code. Repeatable.", rich_help_panel=_DATA)
-    ] = None,
-    max_tokens: Annotated[
-        str | None, typer.Option(metavar="N", help="Most tokens of a stage, such as 20M.", rich_help_panel=_DATA)
-    ] = None,
+    text: Annotated[_Files, _option(_DATA, "PATH", "Text files or folders. Repeatable.")] = None,
+    code: Annotated[_Files, _option(_DATA, "PATH", "The same of source code. Repeatable.")] = None,
+    max_tokens: Annotated[str | None, _option(_DATA, "N", "Most tokens of a stage, such as 20M.")] = None,
     window: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Tokens trained on at once; by default the context, at most 1024.", rich_help_panel=_DATA
-        ),
+        int | None, _option(_DATA, "N", "Tokens trained on at once; by default the context, at most 1024.")
     ] = None,
-    size: Annotated[
-        str,
-        typer.Option(
-            metavar="N|auto", help="Parameters, such as 50M; auto fits the time below.", rich_help_panel=_SHAPE
-        ),
-    ] = "auto",
+    size: Annotated[str, _option(_SHAPE, "N|auto", "Parameters, such as 50M; auto fits the time below.")] = "auto",
     num_layers: Annotated[
-        int | None,
-        typer.Option(
-            "--layers", metavar="N", help="Depth, which costs time; width costs little.", rich_help_panel=_SHAPE
-        ),
+        int | None, _option(_SHAPE, "N", "Depth, which costs time; width costs little.", "--layers")
     ] = None,
     latency_share: Annotated[
-        float,
-        typer.Option(
-            metavar="X", help="Of the target's time for a token, what auto lets the draft take.", rich_help_panel=_SHAPE
-        ),
+        float, _option(_SHAPE, "X", "Of the target's time for a token, what auto lets the draft take.")
     ] = 0.1,
-    start: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="A draft to start from.", rich_help_panel=_SHAPE)
-    ] = None,
+    start: Annotated[Path | None, _option(_SHAPE, "FOLDER", "A draft to start from.")] = None,
     prompts: Annotated[
         str,
-        typer.Option(
-            metavar="text|self|FILE",
-            help="What the target answers: beginnings of the texts, prompts of its own, or a file's.",
-            rich_help_panel=_ALIGNMENT,
+        _option(
+            _ALIGNMENT,
+            "text|self|FILE",
+            "What the target answers: beginnings of the texts, prompts of its own, or a file's.",
         ),
     ] = "text",
     chat: Annotated[
@@ -75,47 +57,27 @@ def train_draft(
     ] = None,
     loss: Annotated[
         str,
-        typer.Option(
-            metavar="NAME",
-            help="ce, kl, tvd, lk, ce+kl or ce+tvd; all but ce keep the target's likeliest tokens.",
-            rich_help_panel=_ALIGNMENT,
-        ),
+        _option(_ALIGNMENT, "NAME", "ce, kl, tvd, lk, ce+kl or ce+tvd; all but ce keep the target's likeliest tokens."),
     ] = "ce",
-    top: Annotated[int, typer.Option(metavar="K", help="How many of those.", rich_help_panel=_ALIGNMENT)] = 16,
-    answer_tokens: Annotated[
-        str, typer.Option(metavar="N", help="Tokens the target writes in all, about.", rich_help_panel=_ALIGNMENT)
-    ] = "1M",
-    num_answers: Annotated[
-        int | None, typer.Option(metavar="N", help="Answers, instead of tokens.", rich_help_panel=_ALIGNMENT)
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Of one answer.", rich_help_panel=_ALIGNMENT)] = 256,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="Where the target writes.", rich_help_panel=_ALIGNMENT)
-    ] = "CPU",
+    top: Annotated[int, _option(_ALIGNMENT, "K", "How many of those.")] = 16,
+    answer_tokens: Annotated[str, _option(_ALIGNMENT, "N", "Tokens the target writes in all, about.")] = "1M",
+    num_answers: Annotated[int | None, _option(_ALIGNMENT, "N", "Answers, instead of tokens.")] = None,
+    max_new_tokens: Annotated[int, _option(_ALIGNMENT, "N", "Of one answer.")] = 256,
+    device: Annotated[str, _option(_ALIGNMENT, "NAME", "Where the target writes.")] = "CPU",
     stages: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES",
-            help="Which of pretrain, continue, align to run, comma-separated.",
-            rich_help_panel=_TRAINING,
-        ),
+        str, _option(_TRAINING, "NAMES", "Which of pretrain, continue, align to run, comma-separated.")
     ] = "pretrain,continue,align",
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Windows of one update.", rich_help_panel=_TRAINING)] = 8,
-    micro_batch_size: Annotated[
-        int, typer.Option(metavar="N", help="Windows computed at once.", rich_help_panel=_TRAINING)
-    ] = 2,
-    learning_rate: Annotated[float, typer.Option(metavar="X", help="Peak.", rich_help_panel=_TRAINING)] = 4e-3,
-    align_learning_rate: Annotated[
-        float, typer.Option(metavar="X", help="Peak of align after another stage.", rich_help_panel=_TRAINING)
-    ] = 1e-3,
-    precision: Annotated[
-        str, typer.Option(metavar="TYPE", help="auto, bf16 or no (f32).", rich_help_panel=_TRAINING)
-    ] = "auto",
-    seed: Annotated[int, typer.Option(metavar="S", help="Of weights and orders.", rich_help_panel=_TRAINING)] = 0,
+    batch_size: Annotated[int, _option(_TRAINING, "N", "Windows of one update.")] = 8,
+    micro_batch_size: Annotated[int, _option(_TRAINING, "N", "Windows computed at once.")] = 2,
+    learning_rate: Annotated[float, _option(_TRAINING, "X", "Peak.")] = 4e-3,
+    align_learning_rate: Annotated[float, _option(_TRAINING, "X", "Peak of align after another stage.")] = 1e-3,
+    precision: Annotated[str, _option(_TRAINING, "TYPE", "auto, bf16 or no (f32).")] = "auto",
+    seed: Annotated[int, _option(_TRAINING, "S", "Of weights and orders.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as one JSON object.")] = False,
 ) -> None:
     """Train a draft in three stages: on text, on code mixed with text, on what the target itself writes. Run the same
-    command again to go on after an interruption; under `accelerate launch` it trains on many processes."""
+    command again to go on after an interruption. Under `accelerate launch` it trains on many GPUs, under `torchrun` on
+    several processes without one."""
     from edge_export.extra import require_export_extra
 
     require_export_extra()
@@ -130,7 +92,9 @@ def train_draft(
     options["answer_tokens"] = parse_number("--answer-tokens", answer_tokens)
     options["stages"] = tuple(name.strip() for name in stages.split(","))
     with _StageBars() as on_progress:
-        run(DraftRecipe(**options), output, on_progress)
+        made = run(DraftRecipe(**options), output, on_progress)
+    if made is None:
+        return  # of several processes, the first speaks
     if as_json:
         console.write((output / "training.json").read_text(encoding="utf-8"))
     else:

@@ -11,6 +11,11 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 
 
+def or_demo(target: str | Path | None, draft: str | Path | None) -> tuple[str | Path, str | Path | None]:
+    """Return target and draft as they are named; where no target is, the embedded one, with its draft if none is."""
+    return (target, draft) if target is not None else (demo_target(), draft or demo_draft())
+
+
 def demo_target() -> Path:
     """Return the model folder of the embedded target."""
     return FOLDER / "target"

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from edge_export.one_epoch import window_hash
 from edge_runtime.errors import ConfigError
@@ -127,16 +128,48 @@ def batches(windows: Windows, size: int) -> Iterator[Windows]:
         yield windows[begin : begin + size]
 
 
-def load_or_make(path: Path, make: Callable[[], Windows]) -> Windows:
-    """Return an array kept on disk, memory-mapped; made and written, whole or not at all, where it is not there."""
-    if not path.is_file():
-        temporary = path.with_name(path.name + ".tmp")
+def made_once(path: Path, make: Callable[[Path], None], *, is_main: bool = True) -> Path:
+    """Have a file made, whole or not at all, where it is not there; of several processes the first makes it.
+
+    Args:
+        path: The file.
+        make: Writes it under the name it is given.
+        is_main: Whether this process is the first; the others wait for the file.
+    """
+    if is_main and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.save(file, make())
+        temporary = path.with_name("new-" + path.name)
+        make(temporary)
         os.replace(temporary, path)
-    kept: Windows = np.load(path, mmap_mode="r")
+    while not path.exists():  # no barrier: a target may write answers for longer than one lasts
+        time.sleep(0.5)
+    return path
+
+
+def load_or_make(path: Path, make: Callable[[], Windows], *, is_main: bool = True) -> Windows:
+    """Return an array kept on disk, memory-mapped; `made_once` where it is not there."""
+
+    def write(new: Path) -> None:
+        with new.open("wb") as file:
+            np.save(file, make())
+
+    kept: Windows = np.load(made_once(path, write, is_main=is_main), mmap_mode="r")
     return kept
+
+
+def train_bpe(files: Iterable[Path], vocab_size: int, end_of_text: str) -> Tokenizer:
+    """Return a byte-level BPE tokenizer of some texts; `end_of_text` is its token 0."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[end_of_text],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(map(read_text, files), trainer)
+    return tokenizer
 
 
 def fingerprint(*parts: object) -> str:

@@ -72,8 +72,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """Return a matrix (M, N) with the singular vectors of `matrix` and singular values of about 0.7 to 1.2."""
-    has_fast_bf16 = matrix.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    x = matrix.to(torch.bfloat16 if has_fast_bf16 else torch.float32)
+    x = matrix.to(torch.bfloat16 if has_fast_bf16(matrix.device.type) else torch.float32)
     is_tall = x.shape[0] > x.shape[1]
     x = x.T if is_tall else x
     x = x / (x.norm() + 1e-7)
@@ -82,3 +81,8 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
     return (x.T if is_tall else x).to(matrix.dtype)
+
+
+def has_fast_bf16(device_type: str) -> bool:
+    """Whether a device multiplies bf16 in hardware; a processor without takes hundreds of times as long as for f32."""
+    return device_type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from edge_runtime.errors import ConfigError, ExportError
 
+_WORDS_OF_A_FULL_DISK = ("iostream error", "(os error 28)", "(os error 112)")
+"""28 is Linux and macOS, 112 Windows."""
 SPARE_BYTES = 64 << 20
 """Asked for beyond the estimate: tokenizer, graph and rounding."""
 
@@ -31,19 +33,31 @@ def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
     check_output(output, overwrite=overwrite)
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        gc.collect()  # Windows cannot rename a folder while a model still maps a file in it
-        _replace(partial, output)
+        with disk_full_is_said(output):
+            partial.mkdir(parents=True)
+            yield partial
+            gc.collect()  # Windows cannot rename a folder while a model still maps a file in it
+            _replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_full_is_said(output: Path) -> Iterator[None]:
+    """Turn what libraries raise when the disk of `output` is full into one line.
+
+    Raises:
+        ExportError: It is.
+    """
+    try:
+        yield
     except Exception as error:
-        if _is_disk_full(error, partial):
+        if _is_disk_full(error, output):
             raise ExportError(
                 f"the disk of `{output}` is full or refuses to be written",
                 "free some space, or put the output on another disk",
             ) from error
         raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -66,8 +80,9 @@ def check_free_disk(output: Path, needed_bytes: int) -> None:
 
 
 def _is_disk_full(error: Exception, place: Path) -> bool:
-    # OpenVINO's writer knows only that its stream failed; by then it may have removed what filled the disk.
-    if "iostream error" in str(error):
+    # OpenVINO's writer knows only that its stream failed; by then it may have removed what filled the disk. Rust's, as
+    # safetensors has it, says the system's words but is no OSError.
+    if any(words in str(error) for words in _WORDS_OF_A_FULL_DISK):
         return True
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True

@@ -4,7 +4,7 @@ AdamW, a short warm-up and a cosine to zero at the end of the budget, dropout 0 
 single pass regularisation only slows training down). The ledger of seen windows is part of each checkpoint, and a
 checkpoint is whole or not there, so a run that is killed at any moment continues with the same windows in the same
 order. transformers holds the model, accelerate spreads the batch over processes: the same command under
-`accelerate launch` trains on many.
+`accelerate launch` trains on many GPUs, under `torchrun` on many processes of processors.
 
 What the papers leave open (optimiser, learning rate, batch, schedule) is this project's choice.
 """
@@ -31,7 +31,7 @@ from edge_runtime.errors import ConfigError, ModelFormatError
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
 Loss = Callable[[Any, "torch.Tensor"], "torch.Tensor"]
 """(model, token ids (B, T)) to the mean loss of a batch, a scalar."""
@@ -141,11 +141,22 @@ def train(
 
 
 def best_precision() -> str:
-    """Return bf16 where the hardware has it, else f32: emulated bf16 is hundreds of times slower."""
-    import torch
+    """Return bf16 where the hardware has it, else f32."""
+    from edge_export.muon import has_fast_bf16
 
-    has_bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bf16" if has_bf16 else "no"
+    return "bf16" if has_fast_bf16(processes().device.type) else "no"
+
+
+def processes() -> PartialState:
+    """Return the processes that train together, each of which asks for them before anything else of accelerate.
+
+    accelerate takes part of its own in a run on processors only when told that it is one: `torchrun`'s processes would
+    all train alone, and write into the same folder.
+    """
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
@@ -164,6 +175,7 @@ class _Run:
         from accelerate import Accelerator
         from accelerate.utils import set_seed
 
+        processes()
         self._accelerator: Accelerator = Accelerator(mixed_precision=config.precision)
         share, rest = divmod(config.batch_size, self._accelerator.num_processes)
         if rest:

@@ -43,12 +43,13 @@ def test_worst_prompt_is_a_median_over_rounds(speedup: Any) -> None:
     assert speedup.summary(rounds)["worst prompt"] == 2
 
 
-def test_prediction_is_the_documented_formula(script: Callable[[str], ModuleType]) -> None:
-    prediction = script("draft_prediction")
-    one = prediction.Prediction(0.0, "code", 3, 1.4, 2.5, plain_ms=10, draft_ms=1, verify_ms=12)
-    assert one.predicted == pytest.approx(2.5 * 10 / (3 * 1 + 12))
-    row = prediction.prediction_summary([one, one])
-    assert row["predicted / measured"].median == pytest.approx(one.predicted / 1.4)
+def test_predictions_are_compared_over_rounds(speedup: Any) -> None:
+    """The formula itself: tests/runtime/test_bench_steps.py."""
+    rounds = [{"predicted_speedup": 2.2, "speedup": 2.0}, {"predicted_speedup": 1.8, "speedup": 2.0}]
+    row = speedup.prediction_summary([*rounds, {"predicted_speedup": 2.1, "speedup": 2.0}])
+    assert row["predicted / measured"] == pytest.approx(1.05)
+    checks = speedup.checks_of({}, {"code 0 K=3": row, "text 0 K=3": {**row, "predicted / measured": 0.89}})
+    assert list(checks.values()) == [True, False]
 
 
 def test_checks_name_category_temperature_and_bound(speedup: Any) -> None:
@@ -61,8 +62,13 @@ def test_checks_name_category_temperature_and_bound(speedup: Any) -> None:
     }
 
 
-def test_chart_is_an_image_with_a_bar_for_each_name(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+def test_chart_is_a_picture_with_a_bar_for_each_name(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
     measure = script("measure")
-    measure.bar_chart(tmp_path / "a.svg", "a & b", {"x": measure.Spread(2, 1, 3), "<y>": measure.Spread(1, 1, 1)})
-    image = ElementTree.parse(tmp_path / "a.svg").getroot()
-    assert len(image.findall("{*}rect")) == 2
+    bars = {"x": measure.Spread(2, 1, 3), "<y>": measure.Spread(1, 1, 1)}
+
+    def patches(some: dict[str, Any]) -> int:
+        measure.bar_chart(tmp_path / "a.svg", "a & b", some)
+        groups = ElementTree.parse(tmp_path / "a.svg").getroot().iter("{*}g")
+        return sum(group.get("id", "").startswith("patch_") for group in groups)
+
+    assert patches(bars) == patches({"x": bars["x"]}) + 1

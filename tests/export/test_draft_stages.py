@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 
 from edge_export.fastdraft import stages
 from edge_export.fastdraft.answers import user_prefix
@@ -17,9 +21,10 @@ from edge_export.fastdraft.stages import train_draft
 from edge_export.one_epoch import Ledger
 from edge_export.train import CHECKPOINT, LEDGER
 from edge_runtime.api import EdgeLLM
-from edge_runtime.errors import ConfigError, ModelFormatError, ModelPairError
+from edge_runtime.errors import ConfigError, ExportError, ModelFormatError, ModelPairError
 from tests.tiny_models import SENTENCES, make_hf_model
 
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = " ".join(SENTENCES).split()
 
 
@@ -100,6 +105,23 @@ def read_loss(out):
     return json.loads((out / "training.json").read_text())["stages"]["align"]["loss"]
 
 
+@pytest.mark.slow
+def test_two_processes_train_one_draft(recipe, texts, tmp_path):
+    """accelerate took each for a run of its own, and both wrote the same files."""
+    options = "--size 60k --layers 1 --window 64 --num-answers 24 --max-new-tokens 32 --batch-size 2 --precision no"
+    paths = ("--target", recipe.target, "--text", *texts["text"], "--code", *texts["code"], "-o", tmp_path / "two")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "edge_runtime")
+    command = [sys.executable, *launcher, "train", "draft", *paths, *options.split()]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the draft") == 1
+    train_draft(recipe, tmp_path / "one")
+    for name in STAGES:
+        one, two = (ledgers(tmp_path / run)[name].path.read_bytes() for run in ("one", "two"))
+        assert one == two
+    assert read_loss(tmp_path / "two") == pytest.approx(read_loss(tmp_path / "one"), rel=1e-2)
+
+
 def test_stages_run_alone_and_start_from_what_is_there(recipe, tmp_path):
     out = train_draft(dataclasses.replace(recipe, stages=("pretrain",)), tmp_path / "draft")
     assert not (out / "stages" / "align").exists()
@@ -130,6 +152,17 @@ def test_another_recipe_does_not_go_on(recipe, tmp_path):
     out = train_draft(dataclasses.replace(recipe, stages=("pretrain",)), tmp_path / "draft")
     with pytest.raises(ModelFormatError, match="seed was 0, not 1"):
         train_draft(dataclasses.replace(recipe, seed=1), out)
+
+
+def test_a_full_disk_is_one_line(recipe, tmp_path, monkeypatch):
+    """What safetensors raises is no OSError, and was an internal error."""
+
+    def full(*args, **options):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(stages, "train", full)
+    with pytest.raises(ExportError, match=r"disk of .* is full"):
+        train_draft(recipe, tmp_path / "draft")
 
 
 def test_a_start_with_another_vocabulary_is_refused(recipe, tmp_path):
@@ -175,8 +208,8 @@ def test_too_little_text_is_refused(recipe, tmp_path, content, message):
     ("name", "content", "message"),
     [
         ("a.txt", "\n", "holds no prompt"),
-        ("a.jsonl", '{"text": 1}', "no JSON lines"),
-        ("a.jsonl", "x", "no JSON lines"),
+        ("a.jsonl", '{"text": 1}', r"line 1 of .* is no prompt"),
+        ("a.jsonl", "x", r"line 1 of .* is not JSON"),
     ],
 )
 def test_bad_prompts_are_refused(tmp_path, name, content, message):

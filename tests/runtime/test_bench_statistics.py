@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edge_runtime.bench.statistics import median_interval, ratio_interval
+from edge_runtime.bench.statistics import median_interval, ratio_difference_interval, ratio_interval
 
 COVERAGE_TOLERANCE = 0.08
 """Of 200 experiments: 0.95 +- 0.05 by chance, and a percentile bootstrap of 30 values is a little too narrow."""
@@ -33,6 +33,16 @@ def test_ratio_is_of_sums_and_not_a_mean_of_ratios():
     low, high = ratio_interval([900, *[0] * 9], [1000, *[1] * 9])
     assert high == pytest.approx(0.9, abs=0.01)
     assert low == 0  # a resample without that prompt
+
+
+def test_a_difference_is_of_the_same_prompts():
+    """Prompts differ more than drafts do: unpaired, the interval of this difference would hold 0."""
+    rates = [0.1 * prompt for prompt in range(1, 10)]
+    one, other = ([(int(100 * (rate + better)), 100) for rate in rates] for better in (0.05, 0.0))
+    low, high = ratio_difference_interval(one, other)
+    assert low == pytest.approx(0.05, abs=0.005)
+    assert high == pytest.approx(0.05, abs=0.005)
+    assert ratio_difference_interval(other, one) == (pytest.approx(-high), pytest.approx(-low))
 
 
 def test_interval_covers_as_often_as_it_promises():

@@ -13,12 +13,13 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,11 +68,11 @@ class AnswerConfig:
     workers: int | None = None
 
 
-class Job:
+class Job(NamedTuple):
     """One answer to write: its number, and a prompt as text, as token ids, or None for the target's own."""
 
-    def __init__(self, index: int, prompt: str | list[int] | None) -> None:
-        self.index, self.prompt = index, prompt
+    number: int
+    prompt: str | list[int] | None
 
 
 def write_answers(
@@ -90,7 +91,7 @@ def write_answers(
     """
     done = _repair(out)
     num_tokens, most = sum(done), config.max_tokens or float("inf")
-    jobs = [Job(index, prompt) for index, prompt in enumerate(prompts)][len(done) :]
+    jobs = [Job(*numbered) for numbered in enumerate(prompts)][len(done) :]
     if not jobs or num_tokens >= most:
         return
     with contextlib.closing(_answers(jobs, config)) as answers, out.open("a", encoding="utf-8") as file:
@@ -140,6 +141,7 @@ _worker: _Writer
 
 def _start_worker(config: AnswerConfig) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     _worker = _Writer(config, num_threads=1)
 
@@ -168,24 +170,25 @@ class _Writer:
     def write(self, job: Job) -> dict[str, Any]:
         """Return one answer, as its line is to say."""
         config, llm = self._config, self._llm
-        temperature = config.temperatures[job.index % len(config.temperatures)]
+        temperature = config.temperatures[job.number % len(config.temperatures)]
         prompt_ids = self._prompt_ids(job)
         room = llm.engine.target.model.context_length - len(prompt_ids)
         result = llm.generate(
             prompt_ids,
             max_new_tokens=max(1, min(config.max_new_tokens, room)),
             temperature=temperature,
-            seed=job.index,
+            seed=job.number,
             logprobs=config.top or None,
         )
         ending = list(llm.manifest.eos_token_ids[:1]) if result.finish_reason == "stop" else []
         answer = {
-            "index": job.index,
+            "index": job.number,
             "temperature": temperature,
             "prompt_ids": prompt_ids,
             "answer_ids": result.token_ids + ending,
         }
         if result.logprobs is not None:
+            # The engine keeps the ending's distribution to itself: that it was drawn stands for it, which is unbiased.
             top = [token.top_logprobs or [] for token in result.logprobs]
             answer["top"] = [[[i, round(p, 4)] for i, p in some] for some in top] + [[[i, 0.0]] for i in ending]
         return answer
@@ -193,7 +196,7 @@ class _Writer:
     def _prompt_ids(self, job: Job) -> list[int]:
         llm, chat = self._llm, self._config.chat
         if job.prompt is None:
-            job = Job(job.index, self._instruction(job.index) if chat else self._opening(job.index))
+            job = job._replace(prompt=self._instruction(job.number) if chat else self._opening(job.number))
         if not isinstance(job.prompt, str):
             ids = list(job.prompt or ())
         elif chat:
@@ -241,30 +244,14 @@ class Teacher:
         ids = torch.from_numpy(self.top_ids[index].astype(np.int64)).to(device)
         return ids, torch.from_numpy(self.probabilities[index].astype(np.float32)).to(device)
 
-    def save(self, path: Path) -> None:
-        """Write an .npz file, whole or not at all."""
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, top_ids=self.top_ids, probabilities=self.probabilities)
-        os.replace(temporary, path)
 
-    @classmethod
-    def load(cls, path: Path) -> Teacher:
-        """Read what `save` wrote."""
-        kept = np.load(path)
-        return cls(kept["top_ids"], kept["probabilities"])
-
-
-def answer_windows(
-    answers: Path, length: int, top: int, max_tokens: int | None = None
-) -> tuple[Windows, Teacher | None]:
+def answer_windows(answers: Path, length: int, top: int) -> tuple[Windows, Teacher | None]:
     """Pack prompts and answers into windows, what the target wrote marked; the incomplete rest is left out.
 
     Args:
         answers: JSON lines of `write_answers`.
         length: T of a window.
         top: k; 0 for no teacher.
-        max_tokens: Tokens taken at most; None for all.
 
     Raises:
         ConfigError: The answers do not fill one window.
@@ -276,7 +263,7 @@ def answer_windows(
         ids += answer["prompt_ids"] + [token_id | WRITTEN for token_id in answer["answer_ids"]]
         if top:
             tops += [[]] * len(answer["prompt_ids"]) + answer["top"]
-    count = min(len(ids), max_tokens or len(ids)) // length
+    count = len(ids) // length
     if count == 0:
         raise ConfigError(
             f"the answers have {len(ids)} tokens, a window has {length}", "write more answers, or a shorter --window"

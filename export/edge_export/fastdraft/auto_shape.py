@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from edge_export.fastdraft.shape import DEPTH_WIDTH, MAX_LAYERS, WIDTH_STEP, count_parameters, draft_config
+from edge_export.fastdraft.target import Target
 from edge_export.quiet import quiet
+from edge_runtime.manifest import weight_bytes
 
 PROBES = ((64, 1), (64, 6), (512, 1))
 """Width and depth of the drafts that are timed."""
@@ -47,21 +49,20 @@ class ChosenShape:
     draft_ms: float
 
 
-def auto_shape(target: Path, latency_share: float, num_layers: int | None, **fixed: Any) -> ChosenShape:
+def auto_shape(target: Target, latency_share: float, num_layers: int | None, **fixed: Any) -> ChosenShape:
     """Return the largest shape within a latency budget; the smallest one where none is.
 
     Args:
-        target: Its model folder.
+        target: Whose token is the measure, and whose tokenizer the timed drafts get.
         latency_share: The budget, as a share of the target's time for a token.
         num_layers: Depth; None chooses.
         **fixed: vocab_size, context_length and special_tokens of `draft_config`.
     """
-    from edge_runtime.manifest import load_manifest
-
     vocab_size = fixed["vocab_size"]
-    target_ms = token_ms(target)
+    target_ms = token_ms(target.folder)
     costs = _costs(target, fixed)
-    size = (load_manifest(target).num_parameters or 0) * MAX_SHARE or float("inf")
+    # A bound in any case: with costs that noise made 0, time alone would let a draft grow for ever.
+    size = MAX_SHARE * (target.manifest.num_parameters or weight_bytes(target.folder))
     fitting = [
         shape
         for layers in ([num_layers] if num_layers else range(1, MAX_LAYERS + 1))
@@ -96,17 +97,16 @@ def _features(width: int, layers: int, vocab_size: int) -> np.ndarray[Any, np.dt
     return np.array([1.0, layers, count_parameters(width, layers, vocab_size, True) / 1e6])
 
 
-def _costs(target: Path, fixed: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _costs(target: Target, fixed: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return t0, t_layer and t_byte in milliseconds, none below zero."""
     rows = np.array([_features(width, layers, fixed["vocab_size"]) for width, layers in PROBES])
     times = np.array([_probe_ms(width, layers, target, fixed) for width, layers in PROBES])
     return np.linalg.solve(rows, times).clip(min=0)
 
 
-def _probe_ms(width: int, layers: int, target: Path, fixed: dict[str, Any]) -> float:
+def _probe_ms(width: int, layers: int, target: Target, fixed: dict[str, Any]) -> float:
     """Return the time of a token of a draft with random weights."""
     from edge_export.convert import export_model
-    from edge_export.fastdraft.target import open_target
 
     size = count_parameters(width, layers, fixed["vocab_size"], True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -117,7 +117,7 @@ def _probe_ms(width: int, layers: int, target: Path, fixed: dict[str, Any]) -> f
             AutoModelForCausalLM.from_config(
                 draft_config(num_parameters=size, num_layers=layers, **fixed)
             ).save_pretrained(source)
-        open_target(str(target), source).copy_tokenizer(source)
+        target.copy_tokenizer(source)
         export_model(source, Path(folder) / "int8", weights="int8")
         return token_ms(Path(folder) / "int8")
 

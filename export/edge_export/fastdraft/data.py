@@ -6,9 +6,6 @@ sees, so no window comes twice in the whole training. About one window in 64 is 
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from edge_export import corpus
 from edge_export.corpus import Windows
 from edge_export.fastdraft.recipe import CODE_SHARE, OWN_PROMPTS, TEXT_PROMPTS, DraftRecipe
 from edge_export.fastdraft.target import Target
+from edge_runtime.bench.prompts import read_prompts as read_json_prompts
 from edge_runtime.errors import ConfigError
 
 OnProgress = Callable[[str, int, int, str], None]
@@ -27,23 +25,6 @@ PROMPT_TOKENS = (8, 64)
 """Shortest and longest beginning of a text that the target is to continue."""
 SHORTEST_SHARE = 1 / 8
 """Answers end early: there are prompts enough even if each answer had only this share of its longest."""
-
-
-def made_once(path: Path, make: Callable[[Path], None], is_main: bool) -> Path:
-    """Have a file made by the first process, whole or not at all; the others wait for it.
-
-    Args:
-        path: The file.
-        make: Writes it under the name it is given.
-        is_main: Whether this process is the first.
-    """
-    if is_main and not path.exists():
-        temporary = path.with_name("new-" + path.name)
-        make(temporary)
-        os.replace(temporary, path)
-    while not path.exists():  # no barrier: a target may write for longer than one lasts
-        time.sleep(0.5)
-    return path
 
 
 class TrainingText:
@@ -78,16 +59,14 @@ class TrainingText:
         return windows if most is None else windows[: int(most // self.window)]
 
     def _windows_of(self, kind: str, paths: Sequence[Path]) -> Windows:
+        """Return the shuffled training windows of some files; none without files."""
         if not paths:
             return np.zeros((0, self.window), np.uint32)
         name = corpus.fingerprint([str(path) for path in paths], self.window, self._recipe.seed)
         path = self._work / f"{kind}-{name}.npy"
-        kept: Windows = np.load(
-            made_once(path, lambda new: self._write_windows(kind, paths, new), self._is_main), mmap_mode="r"
-        )
-        return kept
+        return corpus.load_or_make(path, lambda: self._cut(kind, paths), is_main=self._is_main)
 
-    def _write_windows(self, kind: str, paths: Sequence[Path], out: Path) -> None:
+    def _cut(self, kind: str, paths: Sequence[Path]) -> Windows:
         tokens = corpus.tokenize(
             corpus.text_files(paths),
             self._target.tokenizer(),
@@ -95,8 +74,7 @@ class TrainingText:
             lambda done, wanted: self._on_progress(f"read {kind}", done, wanted, ""),
         )
         windows, _ = corpus.split(corpus.cut(tokens, self.window))
-        with out.open("wb") as file:
-            np.save(file, corpus.shuffled(windows, self._recipe.seed))
+        return corpus.shuffled(windows, self._recipe.seed)
 
     def prompts(self) -> Iterator[str | list[int] | None]:
         """Yield what the target is to answer: texts, token ids, or None for a prompt of its own."""
@@ -121,20 +99,17 @@ class TrainingText:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file: JSON lines with `prompt`, or plain text with one a line.
+    """Return the prompts of a file: JSON lines with `prompt` where it is a .jsonl, else one a line.
 
     Raises:
         ConfigError: It cannot be read, or holds none.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        prompts = [json.loads(line)["prompt"] if path.suffix == ".jsonl" else line for line in lines]
+        if path.suffix == ".jsonl":
+            return [prompt.text for prompt in read_json_prompts(path)]
+        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts `{path}` cannot be read: {error}", "give a UTF-8 file, `text` or `self`") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"prompts `{path}` are no JSON lines with `prompt`", "or give one a line in a .txt"
-        ) from error
     if not prompts:
         raise ConfigError(f"prompts `{path}` holds no prompt", "give one a line")
     return prompts

@@ -1,4 +1,4 @@
-"""Every option of `edge-run train draft` and its default; the command line reads them from here."""
+"""Every option of `edge-run train draft` and its default; a test holds the command line's defaults equal to these."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DraftRecipe:
         target: Hugging Face folder or hub id, or a model folder; with the last, the answers come from exactly it.
         text: Files and folders of text for the stage pretrain, and for a third of the stage continue.
         code: Files and folders of code for the rest of the stage continue; empty leaves the stage out.
-        size: Parameters, embeddings included; None chooses by a latency budget (`shape.auto_shape`).
+        size: Parameters, embeddings included; None chooses by a latency budget (`auto_shape.auto_shape`).
         num_layers: Depth; None chooses.
         latency_share: Of the target's time for a token, what `auto` lets the draft take for one.
         stages: Which of STAGES to run; those that were run before are their starting point.

@@ -1,9 +1,11 @@
 """FastDraft's three stages, one after another, each a single pass that goes on after a kill.
 
-OUT/                    the draft: config.json, model.safetensors, the target's tokenizer, training.json
-OUT/openvino/           the same as int8 IR, for the runtime
-OUT/stages/<stage>/     checkpoint with its ledger of seen windows, log.jsonl, and model/ once the stage is done
-OUT/stages/             windows of text; answers.jsonl, what the target wrote; target/, if it had to be exported
+    OUT/                    the draft: config.json, model.safetensors, the target's tokenizer, training.json
+    OUT/openvino/           the same as int8 IR, for the runtime
+    OUT/stages/<stage>/     checkpoint with its ledger of seen windows, log.jsonl, and model/ once the stage is done
+    OUT/stages/             windows of text; answers.jsonl, what the target wrote; target/, if it had to be exported
+
+The last stage's model is the draft.
 """
 
 from __future__ import annotations
@@ -21,46 +23,51 @@ from edge_export import corpus
 from edge_export.corpus import Windows
 from edge_export.fastdraft.answers import AnswerConfig, answer_windows, write_answers
 from edge_export.fastdraft.auto_shape import auto_shape
-from edge_export.fastdraft.data import OnProgress, TrainingText, made_once
+from edge_export.fastdraft.data import OnProgress, TrainingText
 from edge_export.fastdraft.losses import alignment_loss
 from edge_export.fastdraft.recipe import OWN_PROMPTS, STAGES, TEXT_PROMPTS, DraftRecipe
 from edge_export.fastdraft.shape import draft_config
 from edge_export.fastdraft.target import Target, open_target
 from edge_export.quiet import quiet
-from edge_export.train import LOG, Loss, Progress, TrainConfig, best_precision, next_token_loss, train
+from edge_export.staging import disk_full_is_said
+from edge_export.train import LOG, Loss, Progress, TrainConfig, best_precision, next_token_loss, processes, train
 from edge_runtime.errors import ConfigError, ModelFormatError
 
 MAY_CHANGE = ("stages", "device", "start")
 """Options that may differ between the runs of one training."""
 
 
-def train_draft(recipe: DraftRecipe, out: Path, on_progress: OnProgress = lambda *_: None) -> Path:
-    """Make a draft and return its folder; run again with the same recipe, it goes on where it was.
+def train_draft(recipe: DraftRecipe, out: Path, on_progress: OnProgress = lambda *_: None) -> Path | None:
+    """Make a draft; run again with the same recipe, it goes on where it was.
 
     Args:
         recipe: What and how.
         out: The draft's folder.
         on_progress: Called as the work goes on, in the first process only.
 
+    Returns:
+        The draft's folder; None in all processes but the first, which writes it.
+
     Raises:
         ConfigError: An option cannot be used with this target, or there is too little text.
         ModelFormatError: `out` holds a training with another recipe.
         ModelPairError: The draft to start from has another vocabulary.
+        ExportError: The disk is full; what was saved before is whole.
     """
-    return _Training(recipe, out, on_progress).run()
+    with disk_full_is_said(out):
+        return _Training(recipe, out, on_progress).run()
 
 
 class _Training:
     """One recipe at work in one folder."""
 
     def __init__(self, recipe: DraftRecipe, out: Path, on_progress: OnProgress) -> None:
-        from accelerate import PartialState
-
         self._recipe, self._out, self._work = recipe, out, out / "stages"
-        self._is_main = PartialState().is_main_process
+        self._processes = processes()
+        self._is_main = self._processes.is_main_process
         self._on_progress: OnProgress = on_progress if self._is_main else lambda *_: None
 
-    def run(self) -> Path:
+    def run(self) -> Path | None:
         if self._is_main:
             self._work.mkdir(parents=True, exist_ok=True)
             _check_same_recipe(self._recipe, self._work / "recipe.json")
@@ -71,8 +78,9 @@ class _Training:
         for stage in STAGES:
             if stage in self._recipe.stages and (stage != "continue" or self._recipe.code):
                 self._run_stage(stage)
-        if self._is_main:
-            self._finish()
+        if not self._is_main:
+            return None
+        self._finish()
         return self._out
 
     def _open_target(self) -> Target:
@@ -83,7 +91,7 @@ class _Training:
             open_target(recipe.target, self._work)
             done.touch()
 
-        made_once(self._work / "target.done", export, self._is_main)
+        corpus.made_once(self._work / "target.done", export, is_main=self._is_main)
         target = open_target(recipe.target, self._work)
         context = target.manifest.context_length
         if recipe.window and context and recipe.window > context:
@@ -104,6 +112,7 @@ class _Training:
             with quiet():
                 model.save_pretrained(folder / "model.new")
             os.replace(folder / "model.new", folder / "model")
+        self._processes.wait_for_everyone()  # the next stage asks whether this one's model is there
 
     def _shower(self, stage: str) -> Callable[[Progress], None]:
         def show(progress: Progress) -> None:
@@ -149,17 +158,19 @@ class _Training:
         }
 
         def choose(path: Path) -> None:
-            shape = auto_shape(target.folder, recipe.latency_share, recipe.num_layers, **fixed)
+            shape = auto_shape(target, recipe.latency_share, recipe.num_layers, **fixed)
             path.write_text(json.dumps(dataclasses.asdict(shape), indent=2) + "\n", encoding="utf-8")
 
         if recipe.size is not None:
             return draft_config(num_parameters=recipe.size, num_layers=recipe.num_layers, **fixed)
-        chosen = json.loads(made_once(self._work / "shape.json", choose, self._is_main).read_text(encoding="utf-8"))
+        path = corpus.made_once(self._work / "shape.json", choose, is_main=self._is_main)
+        chosen = json.loads(path.read_text(encoding="utf-8"))
         return draft_config(num_parameters=chosen["num_parameters"], num_layers=chosen["num_layers"], **fixed)
 
     def _align_data(self) -> tuple[Windows, Loss]:
         recipe, answers = self._recipe, self._work / "answers.jsonl"
-        made_once(self._work / "answers.done", lambda done: self._write_answers(answers, done), self._is_main)
+        done = self._work / "answers.done"
+        corpus.made_once(done, lambda new: self._write_answers(answers, new), is_main=self._is_main)
         windows, teacher = answer_windows(answers, self._text.window, recipe.top_kept)
         return corpus.shuffled(windows, recipe.seed), alignment_loss(recipe.loss, windows, teacher)
 
@@ -175,12 +186,13 @@ class _Training:
             chat=is_chat if recipe.chat is None else recipe.chat,
             top=recipe.top_kept,
         )
-        began: list[tuple[float, int]] = []
+        start: tuple[float, int] | None = None  # of this process, after its first answer
 
         def on_answer(count: int, num_tokens: int) -> None:
+            nonlocal start
             now = time.monotonic()
-            began.append((now, num_tokens))
-            speed = (num_tokens - began[0][1]) / max(now - began[0][0], 1e-9)
+            start = start or (now, num_tokens)
+            speed = (num_tokens - start[1]) / max(now - start[0], 1e-9)
             done, wanted = (num_tokens, int(config.max_tokens)) if config.max_tokens else (count, len(prompts))
             self._on_progress("answers", done, wanted, f"{speed:,.0f} tokens/s")
 
