@@ -107,8 +107,8 @@ def compile_properties(
         if threads:
             properties["INFERENCE_NUM_THREADS"] = threads
         if threads == 1:
-            # Pinned, it runs on the first core, as every other such process does: two of them took 3.9 ms a token and
-            # left a core idle; unpinned 2.7 ms, and no more than pinned when alone.
+            # Pinned, it runs on the first core, as every other such process does: two of them took 5.3 ms a token and
+            # left a core idle; unpinned 2.1 ms, and as much as pinned when alone (benchmarks/processes.py).
             properties["ENABLE_CPU_PINNING"] = False
     return properties
 

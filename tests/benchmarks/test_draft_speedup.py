@@ -68,7 +68,7 @@ def test_chart_is_a_picture_with_a_bar_for_each_name(script: Callable[[str], Mod
 
     def patches(some: dict[str, Any]) -> int:
         measure.bar_chart(tmp_path / "a.svg", "a & b", some)
-        groups = ElementTree.parse(tmp_path / "a.svg").getroot().iter("{*}g")
+        groups = ElementTree.parse(tmp_path / "a.svg").getroot().findall(".//{*}g")
         return sum(group.get("id", "").startswith("patch_") for group in groups)
 
     assert patches(bars) == patches({"x": bars["x"]}) + 1

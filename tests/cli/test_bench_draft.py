@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import sys
-import types
 from pathlib import Path
 
 import pytest
 
+from edge_runtime import demo
 from edge_runtime.api import EdgeLLM
 from edge_runtime.bench.draft import DraftBench
 from edge_runtime.cli import INTERRUPTED
@@ -70,9 +69,8 @@ def test_sampled_answers_are_not_compared(bench):
 
 
 def test_embedded_pair_is_measured_where_no_target_is_named(bench, model, monkeypatch):
-    demo = types.ModuleType("edge_runtime.demo")
-    demo.demo_target, demo.demo_draft = lambda: model, lambda: model
-    monkeypatch.setitem(sys.modules, "edge_runtime.demo", demo)
+    monkeypatch.setattr(demo, "demo_target", lambda: model)
+    monkeypatch.setattr(demo, "demo_draft", lambda: model)
     assert bench("--limit", 1, "--json", pair=()).json["target"] == str(model)
 
 
