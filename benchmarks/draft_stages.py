@@ -47,17 +47,16 @@ Table = dict[str, dict[str, list[Counts]]]
 def original_arm(draft: Path) -> Path:
     """Train the stage align's start on original text, as many tokens as the stage align had; return the model."""
     from edge_export import corpus
-    from edge_export.fastdraft.answers import answer_windows
+    from edge_export.one_epoch import Ledger
     from edge_export.quiet import quiet
-    from edge_export.train import TrainConfig, best_precision, train
+    from edge_export.train import CHECKPOINT, LEDGER, TrainConfig, best_precision, train
 
     stages, out = draft / "stages", draft / "stages" / "original"
     if (out / "model").is_dir():
         return out / "model"
     recipe = json.loads((stages / "recipe.json").read_text(encoding="utf-8"))
     kinds = [np.load(path, mmap_mode="r") for path in sorted(stages.glob("*-*.npy"))]
-    length = kinds[0].shape[1]
-    count = len(answer_windows(stages / "answers.jsonl", length, 0)[0])
+    count = len(Ledger(stages / "align" / CHECKPOINT / LEDGER))
     windows = np.concatenate([some[-1 : -1 - count // len(kinds) : -1] for some in kinds])
     with quiet():
         from transformers import AutoModelForCausalLM

@@ -11,11 +11,12 @@ neither was trained on, for `edge-run bench draft`.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from edge_export import corpus
 from edge_export.convert import export_model
 from edge_export.fastdraft.recipe import DraftRecipe
 from edge_export.fastdraft.stages import train_draft
+from edge_export.one_epoch import Ledger
 from edge_export.quiet import quiet
 from edge_export.train import Progress, TrainConfig, best_precision, train
 
@@ -32,9 +34,10 @@ END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE, CONTEXT = 8192, 1024
 WIDTH, FFN, LAYERS, HEADS = 256, 704, 6, 4
 DRAFT_SIZE, DRAFT_LAYERS = 740e3, 4
-NUM_PROMPTS, PROMPT_TOKENS = 40, 48
+NUM_PROMPTS, PROMPT_TOKENS = 140, 48
 SHARES = {"text": 0.55, "code": 0.45}
-FIRST_IN_CODE = ("test", "tests", "pydoc_data", "encodings")
+ROUNDS = "the target's budget, each token seen once; several: of rounds, each with a rise and decay of its own"
+LAST_IN_CODE = ("test", "tests", "pydoc_data", "encodings")
 """Folders of the standard library that come last: tests, tables and manuals are not what a user's code looks like."""
 
 
@@ -42,7 +45,7 @@ def code_files() -> list[Path]:
     """Return the standard library's sources, library modules before tests and tables."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [path for path in sorted(root.rglob("*.py")) if "site-packages" not in path.parts]
-    return sorted(files, key=lambda path: any(part in FIRST_IN_CODE for part in path.relative_to(root).parts))
+    return sorted(files, key=lambda path: any(part in LAST_IN_CODE for part in path.relative_to(root).parts))
 
 
 def make_tokenizer(files: Sequence[Path], out: Path) -> Tokenizer:
@@ -66,9 +69,9 @@ def windows_of(kind: str, arguments: argparse.Namespace, tokenizer: Tokenizer) -
     return corpus.split(corpus.cut(corpus.tokenize(files, tokenizer, end_of_text=0), CONTEXT))
 
 
-def target_windows(arguments: argparse.Namespace, tokenizer: Tokenizer) -> corpus.Windows:
-    """Return the training windows in order: text and code in fixed shares, as many as the budget holds."""
-    wanted = arguments.tokens // CONTEXT
+def target_windows(arguments: argparse.Namespace, tokenizer: Tokenizer, tokens: int) -> corpus.Windows:
+    """Return training windows in order: text and code in fixed shares, as many as the budget holds."""
+    wanted = tokens // CONTEXT
     parts = []
     for kind, share in SHARES.items():
         windows, _ = windows_of(kind, arguments, tokenizer)
@@ -130,16 +133,28 @@ def show_draft(stage: str, done: int, wanted: int, figure: str) -> None:
         print(f"draft {stage} {done}/{wanted} {figure}", file=sys.stderr, flush=True)
 
 
+def rounds_of(arguments: argparse.Namespace, tokenizer: Tokenizer, out: Path) -> Iterator[corpus.Windows]:
+    """Yield the windows of each round of the target's training; none of them was in an earlier round."""
+    total, seen = 0, Ledger(out / "none")
+    for tokens in arguments.tokens:
+        total += tokens
+        make = functools.partial(target_windows, arguments, tokenizer, total)
+        windows = corpus.load_or_make(out / f"windows-{total}.npy", make)
+        new = windows[[window not in seen for window in windows]]
+        seen.record(new)
+        yield new
+
+
 def train_target(arguments: argparse.Namespace, out: Path) -> Path:
     """Return the target's int8 model folder."""
     if (out / "target-int8").is_dir():
         return out / "target-int8"
     children = corpus.text_files(text_paths(arguments)[:2])
     tokenizer = make_tokenizer([*children, *code_files()], out / "tokenizer")
-    name = out / f"windows-{arguments.tokens}.npy"
-    windows = corpus.load_or_make(name, lambda: target_windows(arguments, tokenizer))
     config = TrainConfig(batch_size=4, micro_batch_size=2, learning_rate=5e-3, precision=best_precision(), warmup=0.03)
-    model = train(model_of_target(), windows, out / "target-run", config, on_step=show)
+    model = model_of_target()
+    for number, windows in enumerate(rounds_of(arguments, tokenizer, out), 1):
+        model = train(model, windows, out / f"target-run-{number}", config, on_step=show)
     with quiet():
         model.save_pretrained(out / "target")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -154,8 +169,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", type=Path, required=True, help="folder with children/ and adult/")
     parser.add_argument("--stories", type=Path, required=True, help="folder of short stories")
-    parser.add_argument("--tokens", type=int, default=10_000_000, help="the target's budget, each seen once")
-    parser.add_argument("--draft-tokens", type=float, default=10e6, help="of each of the draft's two stages of text")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[10_000_000], help=ROUNDS)
+    parser.add_argument("--draft-tokens", type=float, default=8e6, help="of each of the draft's two stages of text")
     parser.add_argument("--answer-tokens", type=float, default=2e6, help="that the target writes for the draft")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -168,6 +183,8 @@ def main() -> int:
         max_tokens=arguments.draft_tokens,
         answer_tokens=arguments.answer_tokens,
         batch_size=4,
+        align_learning_rate=2e-3,
+        loss="kl",
     )
     train_draft(recipe, arguments.output / "draft", show_draft)
     return 0

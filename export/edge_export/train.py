@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 Loss = Callable[[Any, "torch.Tensor"], "torch.Tensor"]
 """(model, token ids (B, T)) to the mean loss of a batch, a scalar."""
 
+PLAIN_HEADS = ("llama", "gpt2")
+"""Families whose logits are the last hidden states times a matrix and nothing else, as far as tests show."""
 OPTIMIZERS = ("muon", "adamw")
 CHECKPOINT, LEDGER, LOG, STATE = "checkpoint", "ledger.u64", "log.jsonl", "state.json"
 
@@ -102,8 +104,15 @@ class Progress:
 
 def next_token_loss(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
     """Return the mean cross-entropy of every next token of (B, T) windows."""
-    loss: torch.Tensor = model(input_ids=token_ids, labels=token_ids, use_cache=False).loss
-    return loss
+    plain = getattr(model, "module", model)  # accelerate wraps it where several processes train
+    if plain.config.model_type not in PLAIN_HEADS:
+        loss: torch.Tensor = model(input_ids=token_ids, labels=token_ids, use_cache=False).loss
+        return loss
+    from edge_export.linear_loss import linear_cross_entropy
+
+    made = model(input_ids=token_ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+    states = made.hidden_states[-1][:, :-1].flatten(0, 1)
+    return linear_cross_entropy(states, plain.get_output_embeddings().weight, token_ids[:, 1:].flatten())
 
 
 def train(

@@ -52,7 +52,7 @@ class AnswerConfig:
         device: OpenVINO device it runs on.
         max_new_tokens: Of one answer.
         max_tokens: Of all answers, after which no more are written; None for no bound.
-        temperatures: Used in turn.
+        temperatures: Used in turn, begun one later each time, so that prompts whose kinds take turns get all of them.
         chat: Put prompts into the target's chat template.
         top: Most likely tokens kept for each token; 0 for none.
         workers: Processes; None for one a core for a small target.
@@ -170,7 +170,7 @@ class _Writer:
     def write(self, job: Job) -> dict[str, Any]:
         """Return one answer, as its line is to say."""
         config, llm = self._config, self._llm
-        temperature = config.temperatures[job.number % len(config.temperatures)]
+        temperature = temperature_of(job.number, config.temperatures)
         prompt_ids = self._prompt_ids(job)
         room = llm.engine.target.model.context_length - len(prompt_ids)
         result = llm.generate(
@@ -220,6 +220,12 @@ class _Writer:
         return self._llm.generate(prefix, **options).text.strip() or "Hello"
 
 
+def temperature_of(number: int, temperatures: Sequence[float]) -> float:
+    """Return the temperature of an answer: 0 1 2 3, then 1 2 3 0 and so on."""
+    turn, place = divmod(number, len(temperatures))
+    return temperatures[(turn + place) % len(temperatures)]
+
+
 def user_prefix(llm: EdgeLLM) -> list[int]:
     """Return the tokens of the chat template up to where the user's words begin: what two chats have in common."""
     one, other = (llm.tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in ("What", "hello"))
@@ -245,12 +251,13 @@ class Teacher:
         return ids, torch.from_numpy(self.probabilities[index].astype(np.float32)).to(device)
 
 
-def answer_windows(answers: Path, length: int, top: int) -> tuple[Windows, Teacher | None]:
+def answer_windows(answers: Path, length: int, end_of_text: int, top: int) -> tuple[Windows, Teacher | None]:
     """Pack prompts and answers into windows, what the target wrote marked; the incomplete rest is left out.
 
     Args:
         answers: JSON lines of `write_answers`.
         length: T of a window.
+        end_of_text: Id that separates an answer from the next prompt, as it does documents; unmarked.
         top: k; 0 for no teacher.
 
     Raises:
@@ -260,9 +267,9 @@ def answer_windows(answers: Path, length: int, top: int) -> tuple[Windows, Teach
     tops: list[list[tuple[int, float]]] = []
     for line in answers.read_text(encoding="utf-8").splitlines():
         answer = json.loads(line)
-        ids += answer["prompt_ids"] + [token_id | WRITTEN for token_id in answer["answer_ids"]]
+        ids += [*answer["prompt_ids"], *(token_id | WRITTEN for token_id in answer["answer_ids"]), end_of_text]
         if top:
-            tops += [[]] * len(answer["prompt_ids"]) + answer["top"]
+            tops += [*([[]] * len(answer["prompt_ids"])), *answer["top"], []]
     count = len(ids) // length
     if count == 0:
         raise ConfigError(

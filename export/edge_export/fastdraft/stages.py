@@ -171,7 +171,7 @@ class _Training:
         recipe, answers = self._recipe, self._work / "answers.jsonl"
         done = self._work / "answers.done"
         corpus.made_once(done, lambda new: self._write_answers(answers, new), is_main=self._is_main)
-        windows, teacher = answer_windows(answers, self._text.window, recipe.top_kept)
+        windows, teacher = answer_windows(answers, self._text.window, self._target.end_of_text, recipe.top_kept)
         return corpus.shuffled(windows, recipe.seed), alignment_loss(recipe.loss, windows, teacher)
 
     def _write_answers(self, answers: Path, done: Path) -> None:
