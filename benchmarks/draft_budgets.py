@@ -1,7 +1,7 @@
 """How much text a draft needs: perplexity falls with it, acceptance flattens, so a draft is chosen by acceptance.
 
-Takes a finished `edge-run train draft` folder. Its first stage, which sees text alone, is run again for budgets of a
-half, a quarter and so on of the largest, each a training of its own that decays to zero (One Epoch: a checkpoint of a
+Takes a finished `edge-run train draft` folder. Its first stage, which sees text alone, is run again for a quarter of
+its tokens, a quarter of those and so on, each a training of its own that decays to zero (One Epoch: a checkpoint of a
 longer run is no measure of a short one). Perplexity is of held-out windows, acceptance of the same loaded target, over
 the same prompts with the same seeds (K = 3, T = 0.6), so differences are paired by prompt.
 
@@ -30,32 +30,41 @@ from edge_export import corpus
 from edge_export.fastdraft.recipe import DraftRecipe
 from edge_export.fastdraft.stages import train_draft
 from edge_export.fastdraft.target import open_target
+from edge_export.one_epoch import Ledger
 from edge_export.quiet import quiet
+from edge_export.train import CHECKPOINT, LEDGER
 from edge_runtime.bench.statistics import ratio_difference_interval
 
-NUM_BUDGETS = 4
+NUM_BUDGETS, STEP = 4, 4
 VALIDATION_WINDOWS = 64
 
 
-def recipe_of(draft: Path, max_tokens: int) -> DraftRecipe:
-    """Return a draft's recipe, for its first stage alone and a budget."""
+def recipe_of(draft: Path) -> DraftRecipe:
+    """Return a draft's recipe, for its first stage alone."""
     told = json.loads((draft / "stages" / "recipe.json").read_text(encoding="utf-8"))
     for name in ("text", "code"):
         told[name] = tuple(map(Path, told[name]))
-    known = {field.name for field in dataclasses.fields(DraftRecipe)}
-    recipe = DraftRecipe(**{name: value for name, value in told.items() if name in known and name != "stages"})
-    return dataclasses.replace(recipe, stages=("pretrain",), max_tokens=max_tokens)
+    return DraftRecipe(**told, stages=("pretrain",))
+
+
+def largest_budget(draft: Path) -> int:
+    """Return the tokens that the draft's own first stage saw."""
+    num_windows = len(Ledger(draft / "stages" / "pretrain" / CHECKPOINT / LEDGER))
+    windows = np.load(next((draft / "stages").glob("text-*.npy")), mmap_mode="r")
+    return num_windows * int(windows.shape[1])
 
 
 def trained(draft: Path, max_tokens: int) -> Path:
     """Return the model of a budget, trained where it is not there, on the windows that were cut for the draft."""
+    if max_tokens == largest_budget(draft):
+        return draft / "stages" / "pretrain" / "model"
     out = draft / "budgets" / str(max_tokens)
     work = out / "stages"
     if not (work / "pretrain" / "model").is_dir():
         work.mkdir(parents=True, exist_ok=True)
         for windows in (draft / "stages").glob("*-*.npy"):
             shutil.copyfile(windows, work / windows.name)
-        train_draft(recipe_of(draft, max_tokens), out, show)
+        train_draft(dataclasses.replace(recipe_of(draft), max_tokens=max_tokens), out, show)
         for windows in work.glob("*-*.npy"):
             windows.unlink()
     return work / "pretrain" / "model"
@@ -69,7 +78,7 @@ def show(stage: str, done: int, wanted: int, figure: str) -> None:
 
 def held_out(draft: Path) -> corpus.Windows:
     """Return windows of the text that no stage trained on."""
-    recipe = recipe_of(draft, 1)
+    recipe = recipe_of(draft)
 
     def make() -> corpus.Windows:
         target = open_target(recipe.target, draft / "stages")
@@ -112,14 +121,14 @@ def chosen(counts: Table, budgets: list[int]) -> int:
 
 
 def checks_of(perplexities: dict[int, float], counts: Table) -> dict[str, bool]:
-    """Return what the paper found: perplexity falls with each doubling, acceptance rises less and less."""
+    """Return what the paper found: perplexity falls with every step, acceptance rises ever less."""
     gains = [
         rate(counts_of(counts, after)) - rate(counts_of(counts, before))
         for before, after in itertools.pairwise(perplexities)
     ]
     return {
-        "each doubling lowers perplexity": all(a > b for a, b in itertools.pairwise(perplexities.values())),
-        "the last doubling lifts acceptance less than the first": gains[-1] < gains[0],
+        "each step lowers perplexity": all(a > b for a, b in itertools.pairwise(perplexities.values())),
+        "the last step lifts acceptance less than the first": gains[-1] < gains[0],
     }
 
 
@@ -154,17 +163,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draft", type=Path, required=True, help="folder made by `edge-run train draft`")
     parser.add_argument("--prompts", type=Path, required=True, help="held-out JSON lines with prompt and category")
-    parser.add_argument("--max-tokens", type=float, default=4e6, help="the largest budget")
     parser.add_argument("--tokens", type=int, default=96, help="of each answer")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args()
-    budgets = [int(arguments.max_tokens) >> halvings for halvings in reversed(range(NUM_BUDGETS))]
+    largest = largest_budget(arguments.draft)
+    budgets = [largest // STEP**power for power in reversed(range(NUM_BUDGETS))]
     models = {budget: trained(arguments.draft, budget) for budget in budgets}
     windows = held_out(arguments.draft)
     perplexities = {budget: round(perplexity(model, windows), 2) for budget, model in models.items()}
     drafts = {str(budget): exported(model, arguments.draft) for budget, model in models.items()}
-    counts = measure(Path(recipe_of(arguments.draft, 1).target), drafts, arguments.prompts, arguments.tokens)
+    counts = measure(Path(recipe_of(arguments.draft).target), drafts, arguments.prompts, arguments.tokens)
     rows, choice = rows_of(counts), chosen(counts, budgets)
     if arguments.plot:
         plot(perplexities, rows, choice, arguments.plot)
