@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 Loss = Callable[[Any, "torch.Tensor"], "torch.Tensor"]
 """(model, token ids (B, T)) to the mean loss of a batch, a scalar."""
 
-PLAIN_HEADS = ("llama", "gpt2")
-"""Families whose logits are the last hidden states times a matrix and nothing else, as far as tests show."""
 OPTIMIZERS = ("muon", "adamw")
 CHECKPOINT, LEDGER, LOG, STATE = "checkpoint", "ledger.u64", "log.jsonl", "state.json"
 
@@ -104,15 +102,18 @@ class Progress:
 
 def next_token_loss(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
     """Return the mean cross-entropy of every next token of (B, T) windows."""
-    plain = getattr(model, "module", model)  # accelerate wraps it where several processes train
-    if plain.config.model_type not in PLAIN_HEADS:
-        loss: torch.Tensor = model(input_ids=token_ids, labels=token_ids, use_cache=False).loss
-        return loss
-    from edge_export.linear_loss import linear_cross_entropy
+    import torch
 
-    made = model(input_ids=token_ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-    states = made.hidden_states[-1][:, :-1].flatten(0, 1)
-    return linear_cross_entropy(states, plain.get_output_embeddings().weight, token_ids[:, 1:].flatten())
+    from edge_export.output_loss import mean_loss
+
+    counts = torch.ones_like(token_ids, dtype=torch.bool)
+    counts[:, -1] = False
+    labels = token_ids[:, 1:].flatten()
+
+    def loss_of_rows(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
+
+    return mean_loss(model, token_ids, counts, loss_of_rows)
 
 
 def train(

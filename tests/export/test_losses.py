@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from edge_export import output_loss
 from edge_export.fastdraft.answers import Teacher
 from edge_export.fastdraft.losses import LOSSES, WRITTEN, alignment_loss, needs_teacher
+from edge_export.quiet import quiet
 from edge_runtime.errors import ConfigError
+
+with quiet():
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 P = np.array([0.5, 0.3, 0.15, 0.05])
 Q = np.array([0.2, 0.2, 0.5, 0.1])
@@ -24,6 +29,16 @@ def model(**inputs):
     assert int(inputs["input_ids"].max()) < 4, "the mark reached the model"
     batch, length = inputs["input_ids"].shape
     return SimpleNamespace(logits=torch.tensor(Q).log().expand(batch, length, 4))
+
+
+model.config = SimpleNamespace(model_type="a test's")
+
+
+@pytest.fixture
+def llama():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, bos_token_id=None, eos_token_id=None, **shape))
 
 
 def loss_of(name, listed=4):
@@ -51,6 +66,21 @@ def test_unlisted_tokens_are_one_bin_of_kl_and_tvd():
     p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6])
     assert loss_of("kl", 2) == pytest.approx(float((p * np.log(p / q)).sum()), abs=2e-3)
     assert loss_of("tvd", 2) == pytest.approx(float(np.abs(p - q).sum() / 2), abs=2e-3)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_in_blocks_as_from_whole_logits(name, llama, monkeypatch):
+    random = np.random.default_rng(0)
+    windows = random.integers(llama.config.vocab_size, size=(3, 12)).astype(np.uint32)
+    windows[random.random(windows.shape) < 0.5] |= WRITTEN
+    p = random.dirichlet(np.ones(5), size=(3, 12))[..., :4].astype(np.float16)
+    teacher = Teacher(random.integers(llama.config.vocab_size, size=(3, 12, 4)).astype(np.int32), p)
+    loss = alignment_loss(name, windows, teacher if needs_teacher(name) else None)
+    batch = torch.from_numpy(windows[[2, 0]].astype(np.int64))
+    monkeypatch.setattr(output_loss, "BLOCK_ELEMENTS", 3 * llama.config.vocab_size)
+    in_blocks = loss(llama, batch)
+    monkeypatch.setattr(output_loss, "PLAIN_HEADS", ())
+    torch.testing.assert_close(in_blocks, loss(llama, batch))
 
 
 def test_an_unknown_loss_is_refused():

@@ -57,26 +57,32 @@ def alignment_loss(name: str, windows: Windows, teacher: Teacher | None) -> Call
         teacher: The target's sparse distributions; None for `ce`.
     """
     parts = name.split("+")
-    rows = {window_hash(window): index for index, window in enumerate(windows)} if teacher else {}
+    rows_of = {window_hash(window): index for index, window in enumerate(windows)} if teacher else {}
 
     def loss(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
         import torch
 
-        is_written = (token_ids[:, 1:] & WRITTEN) > 0
+        from edge_export.output_loss import mean_loss
+
+        is_written = (token_ids & WRITTEN) > 0
+        is_written[:, 0] = False  # nothing predicts it
         ids = token_ids & (WRITTEN - 1)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        logq = torch.log_softmax(logits[is_written].float(), -1)
-        written = ids[:, 1:][is_written]
-        total = logq.new_zeros(())
-        for part in parts:
-            if part == "ce":
-                total = total - logq.gather(1, written[:, None]).mean()
-            elif teacher:
-                index = [rows[window_hash(window)] for window in token_ids.cpu().numpy()]
-                top_ids, p = teacher.batch(np.array(index), logq.device)
-                divergence = _DIVERGENCES[part](top_ids[:, 1:][is_written], p[:, 1:][is_written], logq)
-                total = total + divergence.mean()
-        return total / len(parts)
+        written = ids[is_written]
+        if teacher:
+            index = [rows_of[window_hash(window)] for window in token_ids.cpu().numpy()]
+            top_ids, p = (some[is_written] for some in teacher.batch(np.array(index), ids.device))
+
+        def loss_of_rows(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+            logq = torch.log_softmax(logits, -1)
+            losses = [
+                -logq.gather(1, written[rows, None])[:, 0]
+                if part == "ce"
+                else _DIVERGENCES[part](top_ids[rows], p[rows], logq)
+                for part in parts
+            ]
+            return torch.stack(losses).mean(0)
+
+        return mean_loss(model, ids, is_written.roll(-1, 1), loss_of_rows)
 
     return loss
 

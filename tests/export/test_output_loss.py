@@ -1,0 +1,102 @@
+"""A loss without logits in memory equals torch's with them, gradients too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from edge_export import output_loss
+from edge_export.output_loss import PLAIN_HEADS, mean_loss
+from edge_export.quiet import quiet
+from edge_export.train import next_token_loss
+
+with quiet():
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+SMALL = {"vocab_size": 50, "bos_token_id": None, "eos_token_id": None}
+MODELS = {
+    "llama": lambda tied: LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            tie_word_embeddings=tied,
+            **SMALL,
+        )
+    ),
+    "gpt2": lambda tied: GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=32,
+            tie_word_embeddings=tied,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            **SMALL,
+        )
+    ),
+}
+
+
+def gradients(loss, model):
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(0)
+    ids = torch.randint(50, (3, 20))
+    return MODELS["llama"](False), ids
+
+
+@pytest.mark.parametrize("block", [1, 500, 1 << 20])
+def test_blocks_of_any_size_give_the_same(case, block, monkeypatch):
+    monkeypatch.setattr(output_loss, "BLOCK_ELEMENTS", block)
+    model, ids = case
+    ours, theirs = next_token_loss(model, ids), model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(3 * ours, model), gradients(3 * theirs, model))
+
+
+def test_only_positions_that_count_have_a_loss(case):
+    model, ids = case
+    counts = torch.zeros_like(ids, dtype=torch.bool)
+    counts[1, 4] = counts[2, 7] = True
+    labels = torch.tensor([5, 6])
+
+    def loss_of_rows(logits, rows):
+        return torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
+
+    logits = model(input_ids=ids).logits
+    theirs = torch.nn.functional.cross_entropy(torch.stack([logits[1, 4], logits[2, 7]]), labels)
+    torch.testing.assert_close(mean_loss(model, ids, counts, loss_of_rows), theirs)
+
+
+def test_autocast_computes_in_bf16_and_keeps_f32_gradients(case):
+    model, ids = case
+    theirs = next_token_loss(model, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = next_token_loss(model, ids)
+    torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.02)
+    for one, other in zip(gradients(ours, model), gradients(theirs, model), strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, atol=5e-3, rtol=0.2)
+
+
+def test_a_model_of_another_family_goes_through_its_logits(case, monkeypatch):
+    model, ids = case
+    monkeypatch.setattr(output_loss, "PLAIN_HEADS", ())
+    torch.testing.assert_close(next_token_loss(model, ids), model(input_ids=ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", PLAIN_HEADS)
+def test_a_model_of_a_plain_head_has_the_loss_that_transformers_says(name, tied):
+    torch.manual_seed(0)
+    model, ids = MODELS[name](tied), torch.randint(50, (3, 20))
+    ours, theirs = next_token_loss(model, ids), model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(ours, model), gradients(theirs, model))
