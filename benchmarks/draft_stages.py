@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,21 +87,16 @@ def exported(model: Path, draft: Path) -> Path:
     return folder
 
 
-def count_prompt(llm: EdgeLLM, text: str, seed: int, num_tokens: int) -> Counts:
-    """Return what was accepted of one answer's drafts."""
-    metrics = llm.generate(
-        text,
-        max_new_tokens=num_tokens,
-        num_draft_tokens=NUM_DRAFT_TOKENS,
-        temperature=TEMPERATURE,
-        seed=seed,
-        ignore_eos=True,
-    ).metrics
-    return Counts(metrics.accepted_tokens, metrics.proposed_tokens)
-
-
-def measure(target: Path, drafts: dict[str, Path], prompts: Path, num_tokens: int) -> Table:
-    """Return the counts of each prompt by category and arm."""
+def measure(
+    target: Path,
+    drafts: dict[str, Path],
+    prompts: Path,
+    num_tokens: int,
+    temperature: float = TEMPERATURE,
+    num_draft_tokens: int = NUM_DRAFT_TOKENS,
+) -> Table:
+    """Return what was accepted of each prompt's drafts by category and arm."""
+    options = {"max_new_tokens": num_tokens, "num_draft_tokens": num_draft_tokens, "temperature": temperature}
     counts: Table = {}
     base = None
     for name, folder in drafts.items():
@@ -109,7 +105,8 @@ def measure(target: Path, drafts: dict[str, Path], prompts: Path, num_tokens: in
         assert isinstance(llm.engine.drafter, DraftModel)
         over = EdgeLLM(Engine(base.engine.target, llm.engine.drafter), llm.tokenizer, llm.manifest, 0.0)
         for prompt in read_prompts(prompts):
-            made = count_prompt(over, prompt.text, prompt.line, num_tokens)
+            metrics = over.generate(prompt.text, seed=prompt.line, ignore_eos=True, **options).metrics
+            made = Counts(metrics.accepted_tokens, metrics.proposed_tokens)
             counts.setdefault(prompt.category, {}).setdefault(name, []).append(made)
     return counts
 
@@ -134,8 +131,8 @@ def rows_of(counts: Table) -> list[dict[str, Any]]:
     ]
 
 
-def differences_of(counts: Table) -> list[dict[str, Any]]:
-    """Return one row for each sign the paper has, in every category."""
+def differences_of(counts: Table, pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Return one row for each pair of arms in every category: how much more is accepted of the first."""
     return [
         {
             "category": category,
@@ -143,9 +140,8 @@ def differences_of(counts: Table) -> list[dict[str, Any]]:
             "value": round(rate(arms[one]) - rate(arms[other]), 4),
             "ci": rounded(ratio_difference_interval(arms[one], arms[other])),
         }
-        for one, other in dict.fromkeys((one, other) for one, other, _ in SIGNS)
+        for one, other in pairs
         for category, arms in counts.items()
-        if one in arms and other in arms
     ]
 
 
@@ -198,7 +194,7 @@ def main() -> int:
     models["original"] = original_arm(arguments.draft)
     drafts = {name: exported(model, arguments.draft) for name, model in models.items()}
     counts = measure(Path(recipe["target"]), drafts, arguments.prompts, arguments.tokens)
-    rows, differences = rows_of(counts), differences_of(counts)
+    rows, differences = rows_of(counts), differences_of(counts, dict.fromkeys((one, other) for one, other, _ in SIGNS))
     if arguments.plot:
         plot(rows, arguments.plot)
     result = {"rows": rows, "differences": differences, "machine": machine()}
