@@ -183,7 +183,6 @@ def main() -> int:
         max_tokens=arguments.draft_tokens,
         answer_tokens=arguments.answer_tokens,
         batch_size=4,
-        align_learning_rate=2e-3,
         loss="kl",
     )
     train_draft(recipe, arguments.output / "draft", show_draft)

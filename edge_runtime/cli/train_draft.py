@@ -70,7 +70,7 @@ def train_draft(
     batch_size: Annotated[int, _option(_TRAINING, "N", "Windows of one update.")] = 8,
     micro_batch_size: Annotated[int, _option(_TRAINING, "N", "Windows computed at once.")] = 2,
     learning_rate: Annotated[float, _option(_TRAINING, "X", "Peak.")] = 4e-3,
-    align_learning_rate: Annotated[float, _option(_TRAINING, "X", "Peak of align after another stage.")] = 1e-3,
+    align_learning_rate: Annotated[float, _option(_TRAINING, "X", "Peak of align after another stage.")] = 2e-3,
     precision: Annotated[str, _option(_TRAINING, "TYPE", "auto, bf16 or no (f32).")] = "auto",
     seed: Annotated[int, _option(_TRAINING, "S", "Of weights and orders.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as one JSON object.")] = False,

@@ -67,7 +67,7 @@ class DraftRecipe:
     batch_size: int = 8
     micro_batch_size: int | None = 2
     learning_rate: float = 4e-3
-    align_learning_rate: float = 1e-3
+    align_learning_rate: float = 2e-3
     precision: str = "auto"
     device: str = "CPU"
     seed: int = 0
