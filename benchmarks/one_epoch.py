@@ -38,7 +38,7 @@ from edge_export.quiet import quiet
 from edge_export.train import Progress, TrainConfig, train
 
 WINDOW, VOCAB_SIZE, BATCH = 128, 1024, 16
-WIDTH, LAYERS, HEAD_DIM = 128, 3, 32
+WIDTH, LAYERS, HEAD_DIM = 64, 3, 32
 SEEDS, PASSES = (0, 1, 2), (1, 5, 10)
 DROPOUTS, DECAYS = (0.0, 0.1, 0.2), (0.0, 0.1)
 SHARES = (0.2, 0.33, 0.5, 0.75, 1.0)

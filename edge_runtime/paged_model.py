@@ -58,6 +58,14 @@ class AttentionGroup:
         self._begins[1] = num_blocks
         self._blocks = self._bind("block_indices", np.arange(num_blocks, dtype=np.int32))
 
+    def use_sequences(self, past: NDArray[np.int32], longest: int, blocks: NDArray[np.int32]) -> None:
+        """Hold several sequences: (B,) tokens of each that are there, and (B, n) blocks of each."""
+        begins = np.arange(0, blocks.size + 1, blocks.shape[1], dtype=np.int32)
+        self._past_lens = self._bind("past_lens", past)
+        self._max_context_len = self._bind("max_context_len", np.array(longest, np.int32))
+        self._begins = self._bind("block_indices_begins", begins)
+        self._blocks = self._bind("block_indices", blocks.ravel())
+
     def set_span(self, past: int, end: int) -> None:
         """Say that tokens `past` to `end` are being computed."""
         self._past_lens[0] = past
@@ -132,13 +140,47 @@ class PagedModel:
         rows: Rows = self._request.get_output_tensor(0).data
         return rows.reshape(num_rows, self.vocab_size)
 
+    def forward_sequences(
+        self,
+        token_ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        begins: NDArray[np.int32],
+        past: NDArray[np.int32],
+        blocks: NDArray[np.int32],
+    ) -> Rows:
+        """Append tokens to each of B sequences; return the logits after the last of each, (B, V).
+
+        From then on the model holds these sequences in place of its own, see `batch.SequenceBatch`.
+
+        Args:
+            token_ids: (T,) of all sequences, one after another.
+            positions: (T,) of the tokens in their sequences.
+            begins: (B + 1,) where each sequence begins in them.
+            past: (B,) tokens of each that are there already.
+            blocks: (B, n) blocks of each.
+        """
+        self._bind_tokens(token_ids, positions, begins, begins[1:] - 1)
+        longest = int((past + np.diff(begins)).max())
+        for group in self.groups:
+            group.use_sequences(past, longest, blocks)
+        self._infer()
+        rows: Rows = self._request.get_output_tensor(0).data
+        return rows.reshape(len(past), self.vocab_size)
+
     def rollback(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens and forget the rest."""
         self.num_tokens = min(self.num_tokens, num_tokens)
 
     def reserve(self, num_tokens: int) -> None:
         """Allocate the caches for `num_tokens` tokens, or for the context's length if that is less."""
-        blocks = -(-min(num_tokens, self.context_length) // self._block_size)
+        self.reserve_blocks(self.blocks_for(min(num_tokens, self.context_length)))
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return how many blocks hold `num_tokens` tokens."""
+        return -(-num_tokens // self._block_size)
+
+    def reserve_blocks(self, blocks: int) -> None:
+        """Allocate at least so many blocks in the caches of every group."""
         for group in self.groups:
             if blocks > group.num_blocks:
                 for layer in group.layers:
@@ -150,6 +192,11 @@ class PagedModel:
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
         return sum(int(self._request.get_tensor(port).get_byte_size()) for port in self._cache_ports.values())
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of keys and values in all layers."""
+        return self.kv_bytes // min(group.num_blocks for group in self.groups)
 
     @property
     def properties(self) -> dict[str, Any]:
@@ -170,13 +217,22 @@ class PagedModel:
         """Bind the input buffers for T = `width` tokens."""
         if width not in self._buffers:
             self._buffers[width] = np.zeros(width, np.int64), np.zeros(width, np.int64)
-        ids, positions = self._buffers[width]
-        self._set("input_ids", ids)
+        begins, rows = np.array([0, width], np.int32), np.arange(width - num_rows, width, dtype=np.int32)
+        self._bind_tokens(*self._buffers[width], begins, rows)
+        self._bound = width, num_rows
+
+    def _bind_tokens(
+        self,
+        token_ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        begins: NDArray[np.int32],
+        rows: NDArray[np.int32],
+    ) -> None:
+        self._set("input_ids", token_ids)
         if self._has_positions:
             self._set("position_ids", positions)
-        self._set("subsequence_begins", np.array([0, width], np.int32))
-        self._set(LOGITS_ROWS, np.arange(width - num_rows, width, dtype=np.int32))
-        self._bound = width, num_rows
+        self._set("subsequence_begins", begins)
+        self._set(LOGITS_ROWS, rows)
 
     def _set(self, name: str, values: NDArray[Any]) -> None:
         self._alive[name] = values  # the tensor only points into it

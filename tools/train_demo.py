@@ -171,7 +171,7 @@ def main() -> int:
     parser.add_argument("--stories", type=Path, required=True, help="folder of short stories")
     parser.add_argument("--tokens", type=int, nargs="+", default=[10_000_000], help=ROUNDS)
     parser.add_argument("--draft-tokens", type=float, default=8e6, help="of each of the draft's two stages of text")
-    parser.add_argument("--answer-tokens", type=float, default=2e6, help="that the target writes for the draft")
+    parser.add_argument("--answer-tokens", type=float, default=2.5e6, help="that the target writes for the draft")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
     recipe = DraftRecipe(

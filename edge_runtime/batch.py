@@ -1,0 +1,113 @@
+"""Several answers at once: one forward carries a token of each, so that the weights are read once for all of them.
+
+Nobody waits for these answers, so nothing is drafted: a batch keeps the processor busy by itself. Each answer has its
+own options and random numbers and is what `Engine` would write alone, but for the rounding of wider matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from edge_runtime.config import GenerationConfig
+from edge_runtime.engine import random_source
+from edge_runtime.model import Rows
+from edge_runtime.paged_model import PagedModel
+from edge_runtime.sampling import Sampler, top_logprobs
+from edge_runtime.speculative import NO_PROPOSAL, verify
+
+MOST_SEQUENCES = 16
+"""More bring little: arithmetic takes longer than reading the weights by then."""
+MOST_KV_BYTES = 1 << 30
+"""Of keys and values of all sequences."""
+
+
+class BatchAnswer:
+    """One answer as it is written.
+
+    Args:
+        prompt_ids: At least one token.
+        config: Its options.
+
+    Attributes:
+        token_ids: Written so far; the last is the stop token, if one came.
+        top_logprobs: Of each of them the most likely ids and their log-probabilities, where the options ask for them.
+        is_done: Whether it is complete.
+    """
+
+    def __init__(self, prompt_ids: list[int], config: GenerationConfig) -> None:
+        self.token_ids: list[int] = []
+        self.top_logprobs: list[list[tuple[int, float]]] = []
+        self.is_done = False
+        self._config = config
+        self._sampler = Sampler(config, prompt_ids, random_source(config.seed))
+
+    def take(self, row: Rows, stop_token_ids: Collection[int]) -> None:
+        """Draw the next token from its logits, (1, V)."""
+        (token_id,) = verify(row, NO_PROPOSAL, self._sampler).token_ids
+        if self._config.logprobs is not None:
+            self.top_logprobs.append(top_logprobs(row[0], token_id, self._config.logprobs)[1])
+        self.token_ids.append(token_id)
+        self.is_done = token_id in stop_token_ids or len(self.token_ids) >= self._config.max_new_tokens
+
+
+class SequenceBatch:
+    """Sequences that share a model's cache, each in blocks of its own. The model serves nothing else meanwhile.
+
+    Args:
+        model: Whose caches they share.
+        count: B, how many.
+        num_tokens: The longest may have.
+    """
+
+    def __init__(self, model: PagedModel, count: int, num_tokens: int) -> None:
+        self._model = model
+        self._held = np.zeros(count, np.int32)
+        self._blocks = np.arange(count * model.blocks_for(num_tokens), dtype=np.int32).reshape(count, -1)
+        model.reserve_blocks(self._blocks.size)
+
+    def forward(self, sequences: Sequence[int], token_ids: Sequence[list[int]]) -> Rows:
+        """Append tokens to some of the sequences; return the logits after the last of each, (len(sequences), V).
+
+        The rows are valid until the next call.
+        """
+        chosen, widths = np.array(sequences), np.array([len(ids) for ids in token_ids], np.int32)
+        past = self._held[chosen]
+        self._held[chosen] += widths
+        begins = np.concatenate([[0], np.cumsum(widths)]).astype(np.int32)
+        positions = np.concatenate([np.arange(p, p + w) for p, w in zip(past, widths, strict=True)])
+        ids = np.concatenate(token_ids).astype(np.int64)
+        return self._model.forward_sequences(ids, positions, begins, past, self._blocks[chosen])
+
+
+def most_sequences(model: PagedModel, num_tokens: int) -> int:
+    """Return how many sequences of a length to write at once: as many as help and as memory is there for."""
+    each = model.blocks_for(num_tokens) * model.block_bytes
+    return max(1, min(MOST_SEQUENCES, MOST_KV_BYTES // each))
+
+
+def write_batch(
+    model: PagedModel,
+    prompts: Sequence[list[int]],
+    configs: Sequence[GenerationConfig],
+    stop_token_ids: Collection[int] = (),
+) -> list[BatchAnswer]:
+    """Continue several prompts at once, each until a stop token or its `max_new_tokens`.
+
+    Args:
+        model: Serves nothing else meanwhile, and afterwards only batches.
+        prompts: Token ids, at least one each; with its answer each fits the context.
+        configs: One for each prompt; stop strings and drafting are not for batches.
+        stop_token_ids: Ids that end an answer.
+    """
+    answers = [BatchAnswer(ids, config) for ids, config in zip(prompts, configs, strict=True)]
+    longest = max(len(ids) + config.max_new_tokens for ids, config in zip(prompts, configs, strict=True))
+    batch = SequenceBatch(model, len(prompts), longest)
+    for index, ids in enumerate(prompts):
+        answers[index].take(batch.forward([index], [ids]), stop_token_ids)
+    while active := [index for index, answer in enumerate(answers) if not answer.is_done]:
+        rows = batch.forward(active, [answers[index].token_ids[-1:] for index in active])
+        for row, index in enumerate(active):
+            answers[index].take(rows[row : row + 1], stop_token_ids)
+    return answers
