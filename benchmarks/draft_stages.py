@@ -2,8 +2,9 @@
 
 Takes a finished `edge-run train draft` folder. Each stage's model becomes an int8 IR and drafts for the same loaded
 target over the same prompts with the same seeds (K = 3, T = 0.6, as in the paper), so differences are paired by prompt;
-their intervals are bootstraps over prompts. The arm `original` continues from the same model as the stage align, with
-the same number of tokens, on the texts that the target's prompts were taken from instead of on its answers.
+their intervals are bootstraps over prompts. Two more arms start from the same model as the stage align and take as many
+windows, both with cross-entropy: `answers` on what the target wrote, `original` on the texts that its prompts were
+taken from.
 
     python benchmarks/draft_stages.py --draft WORK/draft --prompts WORK/prompts.jsonl --json --plot stages.png
 
@@ -32,7 +33,7 @@ from edge_runtime.engine import Engine
 NUM_DRAFT_TOKENS, TEMPERATURE = 3, 0.6
 FINAL = {"text": 0.37, "code": 0.56}
 """Acceptance of the paper's aligned Phi-3 draft on summaries and HumanEval."""
-SIGNS = (("continue", "pretrain", "code"), ("align", "continue", "text"), ("align", "original", "text"))
+SIGNS = (("continue", "pretrain", "code"), ("align", "continue", "text"), ("answers", "original", "text"))
 
 
 class Counts(NamedTuple):
@@ -45,20 +46,34 @@ class Counts(NamedTuple):
 Table = dict[str, dict[str, list[Counts]]]
 
 
-def original_arm(draft: Path) -> Path:
-    """Train the stage align's start on original text, as many tokens as the stage align had; return the model."""
+def extra_arms(draft: Path) -> dict[str, Path]:
+    """Return the arms `answers` and `original`, trained where they are not there."""
     from edge_export import corpus
+    from edge_export.fastdraft.answers import answer_windows
+    from edge_export.fastdraft.losses import alignment_loss
+    from edge_export.fastdraft.target import open_target
     from edge_export.one_epoch import Ledger
-    from edge_export.quiet import quiet
-    from edge_export.train import CHECKPOINT, LEDGER, TrainConfig, best_precision, train
+    from edge_export.train import CHECKPOINT, LEDGER, next_token_loss
 
-    stages, out = draft / "stages", draft / "stages" / "original"
-    if (out / "model").is_dir():
-        return out / "model"
+    stages = draft / "stages"
     recipe = json.loads((stages / "recipe.json").read_text(encoding="utf-8"))
     kinds = [np.load(path, mmap_mode="r") for path in sorted(stages.glob("*-*.npy"))]
+    end_of_text = open_target(recipe["target"], stages).end_of_text
     count = len(Ledger(stages / "align" / CHECKPOINT / LEDGER))
-    windows = np.concatenate([some[-1 : -1 - count // len(kinds) : -1] for some in kinds])
+    answers, _ = answer_windows(stages / "answers.jsonl", kinds[0].shape[1], end_of_text, 0)
+    original = np.concatenate([some[-1 : -1 - count // len(kinds) : -1] for some in kinds])
+    arms = {"answers": (answers[:count], alignment_loss("ce", answers, None)), "original": (original, next_token_loss)}
+    return {name: trained(stages, recipe, name, corpus.shuffled(some, 0), loss) for name, (some, loss) in arms.items()}
+
+
+def trained(stages: Path, recipe: dict[str, Any], name: str, windows: Any, loss: Any) -> Path:
+    """Return the model of an arm, trained as the stage align is where it is not there."""
+    from edge_export.quiet import quiet
+    from edge_export.train import TrainConfig, best_precision, train
+
+    out = stages / name
+    if (out / "model").is_dir():
+        return out / "model"
     with quiet():
         from transformers import AutoModelForCausalLM
 
@@ -69,7 +84,7 @@ def original_arm(draft: Path) -> Path:
         learning_rate=recipe["align_learning_rate"],
         precision=best_precision(),
     )
-    model = train(model, corpus.shuffled(windows, 0), out, config)
+    model = train(model, windows, out, config, loss=loss)
     with quiet():
         model.save_pretrained(out / "model")
     return out / "model"
@@ -191,7 +206,7 @@ def main() -> int:
     recipe = json.loads((arguments.draft / "stages" / "recipe.json").read_text(encoding="utf-8"))
     stages = arguments.draft / "stages"
     models = {name: stages / name / "model" for name in ("pretrain", "continue", "align")}
-    models["original"] = original_arm(arguments.draft)
+    models |= extra_arms(arguments.draft)
     drafts = {name: exported(model, arguments.draft) for name, model in models.items()}
     counts = measure(Path(recipe["target"]), drafts, arguments.prompts, arguments.tokens)
     rows, differences = rows_of(counts), differences_of(counts, dict.fromkeys((one, other) for one, other, _ in SIGNS))
