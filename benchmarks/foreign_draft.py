@@ -39,7 +39,8 @@ def first_layers(target: Path, count: int, out: Path) -> Path:
         model.save_pretrained(source)
     for path in target.glob("tokenizer*"):
         (source / path.name).write_bytes(path.read_bytes())
-    return export_model(source, out, weights="fp32").folder
+    export_model(source, out, weights="fp32")
+    return out
 
 
 def main() -> int:
@@ -49,7 +50,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with prompt")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.6])
     parser.add_argument("--num-draft-tokens", type=int, default=4)
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], help="how many first layers")
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 3, 4], help="how many first layers")
     parser.add_argument("--tokens", type=int, default=150, help="of each answer")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args()

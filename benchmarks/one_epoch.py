@@ -33,7 +33,7 @@ import numpy as np
 from measure import machine, report
 
 from edge_export import corpus
-from edge_export.one_epoch import Budget, adjust
+from edge_export.one_epoch import FLOPS_PER_TOKEN, Budget, adjust
 from edge_export.quiet import quiet
 from edge_export.train import Progress, TrainConfig, train
 
@@ -157,7 +157,7 @@ def make_model(run: Run) -> Any:
             n_positions=WINDOW,
             n_embd=run.width,
             n_layer=LAYERS,
-            n_head=max(1, run.width // HEAD_DIM),
+            n_head=num_heads(run.width),
             **drops,
         )
         return GPT2LMHeadModel(config)
@@ -227,8 +227,9 @@ def rule_table(lab: Lab, flops: float) -> list[dict[str, Any]]:
         start = Budget(parameters=math.sqrt(flops / 6 / ratio), tokens=math.sqrt(flops / 6 * ratio))
         for name, budget in {"start": start, **{f"to {r:g}": adjust(start, r) for r in RATIOS}}.items():
             width = fitting_width(budget.parameters)
+            tokens = int(flops / FLOPS_PER_TOKEN / num_parameters(width))  # no width fits exactly: the cost stays equal
             for seed in SEEDS:
-                run = Run(num_tokens=int(budget.tokens) // (WINDOW * BATCH) * WINDOW * BATCH, width=width, seed=seed)
+                run = Run(num_tokens=tokens // (WINDOW * BATCH) * WINDOW * BATCH, width=width, seed=seed)
                 result = lab.result(run)
                 rows.append(
                     {
@@ -244,10 +245,20 @@ def rule_table(lab: Lab, flops: float) -> list[dict[str, Any]]:
     return rows
 
 
+def num_parameters(width: int) -> int:
+    """Return the parameters of a model, embeddings included, norms and biases left out."""
+    return 12 * LAYERS * width * width + (VOCAB_SIZE + WINDOW) * width
+
+
 def fitting_width(parameters: float) -> int:
-    """Return the width, a multiple of a head's, whose model is nearest to a size, embeddings included."""
-    widths = range(HEAD_DIM, 40 * HEAD_DIM, HEAD_DIM)
-    return min(widths, key=lambda w: abs(12 * LAYERS * w * w + (VOCAB_SIZE + WINDOW) * w - parameters))
+    """Return the width whose model is nearest to a size."""
+    widths = (width for width in range(16, 2048, 8) if width % num_heads(width) == 0)
+    return min(widths, key=lambda width: abs(num_parameters(width) - parameters))
+
+
+def num_heads(width: int) -> int:
+    """Return how many heads of about HEAD_DIM fit."""
+    return max(1, width // HEAD_DIM)
 
 
 def plot(rows: list[dict[str, Any]], rule: list[dict[str, Any]], path: Path) -> None:
