@@ -24,7 +24,7 @@ PLAIN_HEADS = ("llama", "gpt2")
 
 
 def mean_loss(model: Any, token_ids: torch.Tensor, counts: torch.Tensor, loss_of_rows: LossOfRows) -> torch.Tensor:
-    """Return the mean loss of those positions that count, a scalar.
+    """Return the mean loss of those positions that count, a scalar; 0 where none does.
 
     Args:
         model: A transformers causal language model, or accelerate's wrapper of one.
@@ -33,12 +33,13 @@ def mean_loss(model: Any, token_ids: torch.Tensor, counts: torch.Tensor, loss_of
         loss_of_rows: What a row of logits costs; rows are the positions that count, in order.
     """
     plain = getattr(model, "module", model)
+    number = max(1, int(counts.sum()))
     if plain.config.model_type not in PLAIN_HEADS:
         logits = model(input_ids=token_ids, use_cache=False).logits[counts]
-        return loss_of_rows(logits.float(), slice(None)).mean()
+        return loss_of_rows(logits.float(), slice(None)).sum() / number
     made = model(input_ids=token_ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
     states = made.hidden_states[-1][counts]
-    loss: torch.Tensor = _Blockwise.apply(states, plain.get_output_embeddings().weight, loss_of_rows) / len(states)
+    loss: torch.Tensor = _Blockwise.apply(states, plain.get_output_embeddings().weight, loss_of_rows) / number
     return loss
 
 

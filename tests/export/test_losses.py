@@ -83,6 +83,17 @@ def test_in_blocks_as_from_whole_logits(name, llama, monkeypatch):
     torch.testing.assert_close(in_blocks, loss(llama, batch))
 
 
+@pytest.mark.parametrize("heads", [output_loss.PLAIN_HEADS, ()])
+def test_a_window_of_prompt_alone_teaches_nothing(llama, heads, monkeypatch):
+    """Its loss was 0 / 0, and so was the draft after it."""
+    monkeypatch.setattr(output_loss, "PLAIN_HEADS", heads)
+    window = np.array([[3, 1, 2]], np.uint32)
+    loss = alignment_loss("ce", window, None)(llama, torch.from_numpy(window.astype(np.int64)))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not p.grad.any() for p in llama.parameters() if p.grad is not None)
+
+
 def test_an_unknown_loss_is_refused():
     with pytest.raises(ConfigError, match="loss is 'mse'"):
         needs_teacher("mse")
