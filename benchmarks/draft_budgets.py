@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from draft_stages import Counts, Table, exported, measure, rate, rows_of
+from draft_stages import Counts, Table, exported, measure, rate, rows_of, with_errors
 from measure import machine, report
 
 from edge_export import corpus
@@ -145,8 +145,7 @@ def plot(perplexities: dict[int, float], rows: list[dict[str, Any]], choice: int
     left.set_ylabel("perplexity of held-out text")
     for category in dict.fromkeys(row["category"] for row in rows):
         some = [row for row in rows if row["category"] == category]
-        values = np.array([row["acceptance_rate"] for row in some])
-        errors = np.abs(np.array([row["acceptance_rate_ci"] for row in some]).T - values)
+        values, errors = with_errors(some)
         right.errorbar(budgets, values, yerr=errors, fmt="o-", capsize=3, label=category)
     right.axvline(choice, color="0.6", linestyle=":", label="chosen")
     right.set_ylabel("accepted / proposed, K = 3, T = 0.6")

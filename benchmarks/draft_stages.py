@@ -174,6 +174,12 @@ def checks_of(rows: list[dict[str, Any]], differences: list[dict[str, Any]]) -> 
     return checks
 
 
+def with_errors(rows: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """Return the acceptance of rows, (N,), and how far its interval reaches below and above, (2, N)."""
+    values = np.array([row["acceptance_rate"] for row in rows])
+    return values, np.abs(np.array([row["acceptance_rate_ci"] for row in rows]).T - values)
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw acceptance by arm, a panel for each category."""
     import matplotlib
@@ -185,8 +191,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(categories), figsize=(4 * len(categories), 3.6), sharey=True, squeeze=False)
     for axis, category in zip(axes[0], categories, strict=True):
         some = [row for row in rows if row["category"] == category]
-        values = [row["acceptance_rate"] for row in some]
-        errors = np.abs(np.array([row["acceptance_rate_ci"] for row in some]).T - values)
+        values, errors = with_errors(some)
         axis.bar([row["arm"] for row in some], values, yerr=errors, capsize=4, color="#4477aa")
         axis.set_title(f"{category}, {some[0]['prompts']} prompts")
         axis.set_ylim(0, 1)

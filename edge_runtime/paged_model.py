@@ -141,28 +141,23 @@ class PagedModel:
         return rows.reshape(num_rows, self.vocab_size)
 
     def forward_sequences(
-        self,
-        token_ids: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        begins: NDArray[np.int32],
-        past: NDArray[np.int32],
-        blocks: NDArray[np.int32],
+        self, token_ids: Sequence[list[int]], past: NDArray[np.int32], blocks: NDArray[np.int32]
     ) -> Rows:
         """Append tokens to each of B sequences; return the logits after the last of each, (B, V).
 
         From then on the model holds these sequences in place of its own, see `batch.SequenceBatch`.
 
         Args:
-            token_ids: (T,) of all sequences, one after another.
-            positions: (T,) of the tokens in their sequences.
-            begins: (B + 1,) where each sequence begins in them.
+            token_ids: Of each sequence, at least one.
             past: (B,) tokens of each that are there already.
             blocks: (B, n) blocks of each.
         """
-        self._bind_tokens(token_ids, positions, begins, begins[1:] - 1)
-        longest = int((past + np.diff(begins)).max())
+        ends = [int(begin) + len(ids) for begin, ids in zip(past, token_ids, strict=True)]
+        positions = np.concatenate([np.arange(*span) for span in zip(past, ends, strict=True)])
+        begins = np.cumsum([0, *map(len, token_ids)], dtype=np.int32)
+        self._bind_tokens(np.concatenate(token_ids).astype(np.int64), positions, begins, begins[1:] - 1)
         for group in self.groups:
-            group.use_sequences(past, longest, blocks)
+            group.use_sequences(past, max(ends), blocks)
         self._infer()
         rows: Rows = self._request.get_output_tensor(0).data
         return rows.reshape(len(past), self.vocab_size)

@@ -14,14 +14,14 @@ import pytest
 import safetensors
 
 from edge_export.fastdraft import stages
-from edge_export.fastdraft.answers import user_prefix
+from edge_export.fastdraft.answers import AnswerConfig, user_prefix, write_answers
 from edge_export.fastdraft.data import read_prompts
 from edge_export.fastdraft.recipe import STAGES, DraftRecipe
 from edge_export.fastdraft.stages import train_draft
 from edge_export.one_epoch import Ledger
 from edge_export.train import CHECKPOINT, LEDGER
 from edge_runtime.api import EdgeLLM
-from edge_runtime.errors import ConfigError, ExportError, ModelFormatError, ModelPairError
+from edge_runtime.errors import ConfigError, DeviceError, ExportError, ModelFormatError, ModelPairError
 from tests.tiny_models import SENTENCES, make_hf_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +194,25 @@ def test_chat_without_a_template_is_refused(recipe, tiny_ir, tmp_path):
 def test_bad_options_are_one_line(recipe, tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         train_draft(dataclasses.replace(recipe, **options), tmp_path / "draft")
+
+
+def test_a_device_that_is_not_there_is_said_before_anything_is_trained(recipe, tmp_path):
+    with pytest.raises(DeviceError, match="FPGA"):
+        train_draft(dataclasses.replace(recipe, device="FPGA"), tmp_path / "draft")
+    assert not (tmp_path / "draft" / "stages" / "pretrain").exists()
+
+
+def test_an_npu_writes_no_answers(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGE_NPUW_DEVICES", "CPU")
+    with pytest.raises(ConfigError, match="on CPU or GPU"):
+        train_draft(dataclasses.replace(recipe, device="NPU"), tmp_path / "draft")
+
+
+def test_what_goes_wrong_in_a_writing_process_is_said_as_it_is(tiny_ir, tmp_path):
+    """It was a BrokenProcessPool, after the process's own traceback."""
+    config = AnswerConfig(model=tiny_ir("llama"), device="FPGA", workers=2)
+    with pytest.raises(DeviceError, match="FPGA"):
+        write_answers(["a"] * 40, config, tmp_path / "answers.jsonl")
 
 
 @pytest.mark.parametrize(("content", "message"), [("", "hold no text"), ("too short", "a window has 64")])

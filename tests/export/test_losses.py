@@ -15,9 +15,6 @@ from edge_export.fastdraft.losses import LOSSES, WRITTEN, alignment_loss, needs_
 from edge_export.quiet import quiet
 from edge_runtime.errors import ConfigError
 
-with quiet():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
 P = np.array([0.5, 0.3, 0.15, 0.05])
 Q = np.array([0.2, 0.2, 0.5, 0.1])
 WINDOW = np.array([[3, 1, 2 | WRITTEN]], np.uint32)
@@ -35,10 +32,11 @@ model.config = SimpleNamespace(model_type="a test's")
 
 
 @pytest.fixture
-def llama():
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, bos_token_id=None, eos_token_id=None, **shape))
+def llama(tiny_hf):
+    with quiet():
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(tiny_hf("llama"), dtype=torch.float32, local_files_only=True)
 
 
 def loss_of(name, listed=4):

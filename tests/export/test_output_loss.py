@@ -9,36 +9,14 @@ from edge_export import output_loss
 from edge_export.output_loss import PLAIN_HEADS, mean_loss
 from edge_export.quiet import quiet
 from edge_export.train import next_token_loss
+from tests.tiny_models import make_hf_model
 
-with quiet():
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-SMALL = {"vocab_size": 50, "bos_token_id": None, "eos_token_id": None}
-MODELS = {
-    "llama": lambda tied: LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            tie_word_embeddings=tied,
-            **SMALL,
-        )
-    ),
-    "gpt2": lambda tied: GPT2LMHeadModel(
-        GPT2Config(
-            n_embd=16,
-            n_layer=2,
-            n_head=2,
-            n_positions=32,
-            tie_word_embeddings=tied,
-            resid_pdrop=0,
-            embd_pdrop=0,
-            attn_pdrop=0,
-            **SMALL,
-        )
-    ),
-}
+def load(folder):
+    with quiet():
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 
 def gradients(loss, model):
@@ -46,10 +24,9 @@ def gradients(loss, model):
 
 
 @pytest.fixture
-def case():
+def case(tiny_hf):
     torch.manual_seed(0)
-    ids = torch.randint(50, (3, 20))
-    return MODELS["llama"](False), ids
+    return load(tiny_hf("llama")), torch.randint(300, (3, 20))
 
 
 @pytest.mark.parametrize("block", [1, 500, 1 << 20])
@@ -75,11 +52,13 @@ def test_only_positions_that_count_have_a_loss(case):
     torch.testing.assert_close(mean_loss(model, ids, counts, loss_of_rows), theirs)
 
 
-def test_autocast_computes_in_bf16_and_keeps_f32_gradients(case):
+def test_autocast_computes_in_bf16_and_keeps_f32_gradients(case, monkeypatch):
+    """As the logits' way does under the same autocast, so that only the output layer's own rounding differs."""
     model, ids = case
-    theirs = next_token_loss(model, ids)
     with torch.autocast("cpu", torch.bfloat16):
         ours = next_token_loss(model, ids)
+        monkeypatch.setattr(output_loss, "PLAIN_HEADS", ())
+        theirs = next_token_loss(model, ids)
     torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.02)
     for one, other in zip(gradients(ours, model), gradients(theirs, model), strict=True):
         assert one.dtype == torch.float32
@@ -94,9 +73,9 @@ def test_a_model_of_another_family_goes_through_its_logits(case, monkeypatch):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", PLAIN_HEADS)
-def test_a_model_of_a_plain_head_has_the_loss_that_transformers_says(name, tied):
+def test_a_model_of_a_plain_head_has_the_loss_that_transformers_says(name, tied, tmp_path):
     torch.manual_seed(0)
-    model, ids = MODELS[name](tied), torch.randint(50, (3, 20))
+    model, ids = load(make_hf_model(name, tmp_path, tie_word_embeddings=tied)), torch.randint(300, (3, 20))
     ours, theirs = next_token_loss(model, ids), model(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(gradients(ours, model), gradients(theirs, model))

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from edge_export.corpus import Windows
 from edge_export.fastdraft.losses import WRITTEN
+from edge_runtime.devices import check_device
 from edge_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -154,14 +155,26 @@ def _answers(batches: Sequence[Batch], config: AnswerConfig) -> Generator[dict[s
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: _Writer
+def check_writes_on(device: str) -> None:
+    """Refuse a device that the answers cannot be written on, before hours of training lead up to them.
+
+    Raises:
+        DeviceError: It is not there.
+        ConfigError: It is an NPU, which computes one sequence at a time.
+    """
+    if check_device(device).startswith("NPU"):
+        raise ConfigError(f"device is {device}, answers are written on CPU or GPU", "leave out --device")
+
+
+_config: AnswerConfig
+_worker: _Writer | None = None
 
 
 def _start_worker(config: AnswerConfig) -> None:
-    global _worker
+    global _config
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _worker = _Writer(config, num_threads=1)
+    _config = config
 
 
 def _leave_with_parent() -> None:
@@ -173,6 +186,8 @@ def _leave_with_parent() -> None:
 
 
 def _write_in_worker(batch: Batch) -> list[dict[str, Any]]:
+    global _worker
+    _worker = _worker or _Writer(_config, num_threads=1)  # what goes wrong here reaches the first process as it is
     return _worker.write(batch)
 
 
@@ -186,8 +201,7 @@ class _Writer:
         self._config = config
         self._llm: EdgeLLM = EdgeLLM.load(config.model, device=config.device, num_threads=num_threads)
         model = self._llm.engine.target.model
-        if not isinstance(model, PagedModel):
-            raise ConfigError(f"device is {config.device}, answers are written on CPU or GPU", "leave out --device")
+        assert isinstance(model, PagedModel), "check_writes_on lets no other device pass"
         self._model = model
 
     def write(self, batch: Batch) -> list[dict[str, Any]]:
@@ -252,7 +266,9 @@ class _Writer:
         heats = [1.0] * len(batch)
         if self._config.chat:
             made = self._continue([user_prefix(self._llm)] * len(batch), batch, heats, MAX_INSTRUCTION_TOKENS)
-            return [self._llm.tokenizer.decode(answer.token_ids).strip() or "Hello" for answer in made]
+            stop = self._llm.manifest.eos_token_ids
+            texts = [self._llm.tokenizer.decode([i for i in answer.token_ids if i not in stop]) for answer in made]
+            return [text.strip() or "Hello" for text in texts]
         manifest = self._llm.manifest
         first = [manifest.bos_token_id] if manifest.bos_token_id is not None else list(manifest.eos_token_ids[:1])
         made = self._continue([first] * len(batch), batch, heats, OPENING_TOKENS, stops=False)

@@ -21,7 +21,7 @@ from typing import Any
 
 from edge_export import corpus
 from edge_export.corpus import Windows
-from edge_export.fastdraft.answers import AnswerConfig, answer_windows, write_answers
+from edge_export.fastdraft.answers import AnswerConfig, answer_windows, check_writes_on, write_answers
 from edge_export.fastdraft.auto_shape import auto_shape
 from edge_export.fastdraft.data import OnProgress, TrainingText
 from edge_export.fastdraft.losses import alignment_loss
@@ -85,6 +85,8 @@ class _Training:
 
     def _open_target(self) -> Target:
         recipe = self._recipe
+        if "align" in recipe.stages:
+            check_writes_on(recipe.device)
         self._on_progress("target", 0, 1, "")
 
         def export(done: Path) -> None:
