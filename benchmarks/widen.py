@@ -15,8 +15,9 @@ they were. Zero is on both grids. Dense kernels read and multiply zeros like all
 only arithmetic is spent differently from a model trained at that size. Embeddings are untied, since the two halves are
 widened differently; heads keep their size and their ratio to KV heads.
 
-    python benchmarks/widen.py SOURCE -o OUT [--params 1e9] [--weights int8 int4] [--text FILE] [--json]
+    python benchmarks/widen.py [SOURCE] -o OUT [--params 1e9] [--weights int8 int4] [--text FILE] [--json]
 
+SOURCE is a Hugging Face folder, or an int8 IR, whose dequantised weights count; the embedded target by default.
 OUT/hf holds f32: bf16 would round trained weights, and logits with them, by far more than the 1e-4 that is checked.
 OUT/int8 and OUT/int4 are compared with the source, exported alike and padded the same way to whole groups.
 """
@@ -34,6 +35,7 @@ from typing import Any
 
 import numpy as np
 from decode import PRECISIONS
+from ir_weights import llama_of_ir
 from measure import machine, report
 from numpy.typing import NDArray
 
@@ -42,6 +44,8 @@ from edge_export.convert import export_model
 from edge_export.quiet import quiet
 from edge_export.sources import open_source
 from edge_runtime import EdgeLLM
+from edge_runtime.demo import demo_target
+from edge_runtime.manifest import MODEL_NAME
 from edge_runtime.metrics import peak_rss_bytes
 from edge_runtime.tokenizer import Tokenizer
 
@@ -176,7 +180,9 @@ def torch_logits(folder: Path, token_ids: NDArray[np.int64]) -> NDArray[np.float
 
 
 def load(folder: Path) -> Any:
-    """Return a Hugging Face folder's model in f32."""
+    """Return the model of a Hugging Face folder, or of an int8 IR, in f32."""
+    if (folder / MODEL_NAME).is_file():
+        return llama_of_ir(folder)
     with quiet():
         return torch_source.load(open_source(folder), "fp32")
 
@@ -273,7 +279,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="Hugging Face folder of a Llama")
+    parser.add_argument("source", type=Path, nargs="?", default=demo_target(), help="folder of a Llama: Hugging Face or int8 IR")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to make: hf, and one for each format")
     parser.add_argument("--params", type=float, default=1e9, help="parameters wanted")
     parser.add_argument("--weights", nargs="*", default=["int8", "int4"])

@@ -6,6 +6,7 @@
 
 namespace edge {
 
+ov::Extension::Ptr make_cats_mlp_extension();
 ov::Extension::Ptr make_threshold_extension();
 
 }  // namespace edge

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from edge_export import torch_source, verify
+from edge_runtime import EdgeLLM
+from edge_runtime.demo import demo_target
 from tests.tiny_models import make_hf_model
 
 SEED = 3
@@ -93,3 +95,12 @@ def test_the_same_seed_gives_the_same_weights(widen: Any, pair: tuple[Any, Any])
     small, large = pair
     again = widen.widen(small, large.config, SEED)
     assert all((value == again[name]).all() for name, value in large.state_dict().items())
+
+
+def test_the_embedded_targets_ir_is_read_back(widen: Any) -> None:
+    """The float target is not in the package: without this nobody could repeat the measurement."""
+    token_ids = np.array([[5, 900, 17, 4000, 260, 33, 8191, 7]])
+    llm = EdgeLLM.load(demo_target(), **widen.PRECISIONS["exact"][0])
+    expected = widen.ir_logits(llm, token_ids)
+    got = torch_source.reference_logits(widen.load(demo_target()), token_ids)
+    assert np.abs(got - expected).max() <= 1e-3 * expected.std()

@@ -1,0 +1,164 @@
+// The vector operations of decode.inl on 256 bits, but for the integer dot products, which differ with and without VNNI.
+
+using F = __m256;
+using I = __m256i;
+constexpr std::size_t lanes = 8;
+constexpr std::size_t tile_vectors = 2;
+
+constexpr int tile_rows(int tokens) {
+    return tokens == 1 ? 4 : tokens <= 3 ? 2 : 1;
+}
+
+constexpr std::size_t sums_stride_of(std::size_t columns) {
+    return columns + 16;
+}
+
+inline I first_lanes(std::size_t count) {
+    const I index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), index);
+}
+
+inline F f_set(float x) { return _mm256_set1_ps(x); }
+inline F f_load(const float* p) { return _mm256_loadu_ps(p); }
+inline F f_load(const float* p, std::size_t count) { return _mm256_maskload_ps(p, first_lanes(count)); }
+inline void f_store(float* p, F x) { _mm256_storeu_ps(p, x); }
+inline void f_store(float* p, F x, std::size_t count) { _mm256_maskstore_ps(p, first_lanes(count), x); }
+inline F f_add(F x, F y) { return _mm256_add_ps(x, y); }
+inline F f_sub(F x, F y) { return _mm256_sub_ps(x, y); }
+inline F f_mul(F x, F y) { return _mm256_mul_ps(x, y); }
+inline F f_div(F x, F y) { return _mm256_div_ps(x, y); }
+inline F f_fma(F x, F y, F z) { return _mm256_fmadd_ps(x, y, z); }
+inline F f_min(F x, F y) { return _mm256_min_ps(x, y); }
+inline F f_max(F x, F y) { return _mm256_max_ps(x, y); }
+inline F f_abs(F x) { return _mm256_andnot_ps(f_set(-0.0f), x); }
+inline F f_copysign(F x, F y) { return _mm256_or_ps(f_abs(x), _mm256_and_ps(y, f_set(-0.0f))); }
+inline F f_round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F f_from_i32(I x) { return _mm256_cvtepi32_ps(x); }
+inline float f_first(const float* p) { return _mm_cvtss_f32(_mm_load_ss(p)); }
+
+inline float f_sum(F x) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
+}
+
+inline std::int32_t i_sum(I x) {
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1)));
+}
+
+inline F f_power_of_2(F n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+
+// `count` (at most 8) elements of `size` bytes; the rest of the register is 0.
+inline __m128i first_bytes(const void* p, std::size_t count, std::size_t size) {
+    alignas(16) std::uint8_t bytes[16] = {};
+    for (std::size_t i = 0; i < count * size; ++i) {
+        bytes[i] = static_cast<const std::uint8_t*>(p)[i];
+    }
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(bytes));
+}
+
+inline F f_from_i8(const void* p) {
+    return f_from_i32(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+}
+
+inline F f_from_i8(const void* p, std::size_t count) {
+    return count == lanes ? f_from_i8(p) : f_from_i32(_mm256_cvtepi8_epi32(first_bytes(p, count, 1)));
+}
+
+inline F f_from_f16(const void* p, std::size_t count) {
+    return _mm256_cvtph_ps(count == lanes ? _mm_loadu_si128(static_cast<const __m128i*>(p)) : first_bytes(p, count, 2));
+}
+
+inline float f_one_f16(const void* p) {
+    return _mm_cvtss_f32(_mm_cvtph_ps(first_bytes(p, 1, 2)));
+}
+
+inline F f_from_bf16(const void* p) {
+    const I wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+inline void f_from_u4(const void* p, F& low, F& high) {
+    const I pairs = _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+    low = f_from_i32(_mm256_and_si256(pairs, _mm256_set1_epi32(15)));
+    high = f_from_i32(_mm256_srli_epi32(pairs, 4));
+}
+
+inline I i_zero() { return _mm256_setzero_si256(); }
+inline I i_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline I i_set_word(const void* p) { return _mm256_broadcastd_epi32(_mm_loadu_si32(p)); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+inline I i_16_from_i8(const void* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+
+inline void i_16_from_u4(const void* p, I& low, I& high) {
+    const I pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    low = _mm256_and_si256(pairs, _mm256_set1_epi16(15));
+    high = _mm256_srli_epi16(pairs, 4);
+}
+
+// The scale with which 128 floats become integers of at most `limit`; NaN where one of them is NaN or infinite.
+inline float f_scale_of(const float* x, float limit) {
+    F most = f_set(0.0f), poison = f_set(0.0f);
+    for (std::size_t c = 0; c < block; c += lanes) {
+        most = f_max(most, f_abs(f_load(x + c)));
+        poison = f_fma(f_load(x + c), f_set(0.0f), poison);
+    }
+    __m128 top = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+    top = _mm_max_ps(top, _mm_movehl_ps(top, top));
+    top = _mm_max_ss(top, _mm_shuffle_ps(top, top, 1));
+    return _mm_cvtss_f32(top) / limit + f_sum(poison);
+}
+
+// 128 floats as 16-bit integers; returns their sum.
+inline std::int32_t i_quantise16(const float* x, float inverse, std::int16_t* q) {
+    I sum = i_zero();
+    for (std::size_t c = 0; c < block; c += lanes) {
+        const I wide = _mm256_cvtps_epi32(f_mul(f_load(x + c), f_set(inverse)));
+        const __m128i low = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(q + c), low);
+        sum = _mm256_add_epi32(sum, _mm256_cvtepi16_epi32(low));
+    }
+    return i_sum(sum);
+}
+
+inline std::int32_t i_quantise8(const float* x, float inverse, std::int8_t* q) {
+    I sum = i_zero();
+    for (std::size_t c = 0; c < block; c += lanes) {
+        const I wide = _mm256_cvtps_epi32(f_mul(f_load(x + c), f_set(inverse)));
+        const __m128i low = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+        const __m128i bytes = _mm_packs_epi16(low, low);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(q + c), bytes);
+        sum = _mm256_add_epi32(sum, _mm256_cvtepi8_epi32(bytes));
+    }
+    return i_sum(sum);
+}
+
+inline void transpose(const std::uint8_t* from, std::size_t from_stride, std::uint8_t* to, std::size_t to_stride) {
+    I a[8], b[8];
+    for (int i = 0; i < 8; ++i) {
+        a[i] = i_load(from + i * from_stride);
+    }
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {  // a[4g + i] half h: word 4h + i of rows 4g..4g+3
+        __m256i* low = reinterpret_cast<__m256i*>(to + i * to_stride);
+        __m256i* high = reinterpret_cast<__m256i*>(to + (4 + i) * to_stride);
+        _mm256_storeu_si256(low, _mm256_permute2x128_si256(a[i], a[4 + i], 0x20));
+        _mm256_storeu_si256(high, _mm256_permute2x128_si256(a[i], a[4 + i], 0x31));
+    }
+}

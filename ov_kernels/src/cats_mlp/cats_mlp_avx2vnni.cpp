@@ -1,0 +1,35 @@
+// CatsMlp with AVX2 and AVX-VNNI: VNNI on 256 bits (Alder Lake and later, Core Ultra, Zen 5).
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cats_mlp/cats_mlp.hpp"
+
+namespace edge {
+namespace cats_mlp {
+namespace {
+
+#include "cats_mlp/avx2_vectors.inl"
+
+inline I i_dot16(I sum, I x, I y) {
+    return _mm256_dpwssd_avx_epi32(sum, x, y);
+}
+
+inline I i_dot8(I sum, I u, I s) {
+    return _mm256_dpbusd_avx_epi32(sum, u, s);
+}
+// Each needs the one before.
+#include "cats_mlp/interleave.inl"
+//
+#include "cats_mlp/decode.inl"
+//
+#include "cats_mlp/prefill.inl"
+
+}  // namespace
+
+const Kernels kernels_avx2vnni = {"avx2vnni", prepare, decode, finish, prefill_hidden, prefill_output};
+
+}  // namespace cats_mlp
+}  // namespace edge

@@ -1,0 +1,138 @@
+// The weights' blob: what its header says, where its sections lie, and how much scratch the kernels need.
+
+#include <cstring>
+#include <initializer_list>
+
+#include "cats_mlp/cats_mlp.hpp"
+
+namespace edge {
+namespace cats_mlp {
+namespace {
+
+// The first 64 bytes of a blob, little endian.
+struct Header {
+    char magic[8];
+    std::uint32_t version;
+    std::uint32_t format;
+    std::uint32_t activation;
+    std::uint32_t hidden;
+    std::uint32_t ffn;
+    std::uint32_t reserved;
+    std::uint64_t size;  // of the blob
+    std::uint8_t zeros[20];
+    std::uint32_t crc;  // CRC-32 of the 60 bytes before
+};
+static_assert(sizeof(Header) == 64, "the blob's header has 64 bytes");
+
+constexpr char magic[9] = "EDGE-MLP";
+constexpr std::uint32_t version = 1;
+
+std::uint32_t crc32(const std::uint8_t* data, std::size_t size) {
+    std::uint32_t crc = 0xFFFFFFFFu;
+    for (std::size_t i = 0; i < size; ++i) {
+        crc ^= data[i];
+        for (int bit = 0; bit < 8; ++bit) {
+            crc = (crc >> 1) ^ (0xEDB88320u & (0u - (crc & 1u)));
+        }
+    }
+    return ~crc;
+}
+
+std::size_t round_up(std::size_t size, std::size_t step) {
+    return (size + step - 1) / step * step;
+}
+
+const char* check(const Header& header, const std::uint8_t* blob, std::size_t size) {
+    if (std::memcmp(header.magic, magic, 8) != 0) {
+        return "they do not begin with EDGE-MLP";
+    }
+    if (header.crc != crc32(blob, sizeof(Header) - sizeof(std::uint32_t))) {
+        return "their header is damaged";
+    }
+    if (header.version != version) {
+        return "they have another version than 1; export the model again";
+    }
+    if (header.format > 2 || header.activation > 2) {
+        return "their format or activation is unknown; export the model again";
+    }
+    if (header.hidden == 0 || header.ffn == 0 || header.hidden > max_columns || header.ffn > (1u << 24)) {
+        return "their sizes are out of range";
+    }
+    if (header.format == 1 && (header.hidden % block != 0 || header.ffn % block != 0)) {
+        return "their sizes are no multiples of 128, as 4 bits need";
+    }
+    return header.size == size ? nullptr : "they have another size than their header says";
+}
+
+// Hands out sections one after another.
+class Sections {
+public:
+    explicit Sections(const std::uint8_t* blob) : m_blob(blob) {}
+
+    template <class T>
+    const T* take(std::size_t count) {
+        const std::uint8_t* section = m_blob + m_end;
+        m_end += round_up(count * sizeof(T), 64);
+        return reinterpret_cast<const T*>(section);
+    }
+
+    std::size_t end() const {
+        return m_end;
+    }
+
+private:
+    const std::uint8_t* m_blob;
+    std::size_t m_end = sizeof(Header);
+};
+
+}  // namespace
+
+const char* parse(const std::uint8_t* blob, std::size_t size, Weights& weights) {
+    Header header;
+    if (size < sizeof(header)) {
+        return "they are shorter than a header";
+    }
+    std::memcpy(&header, blob, sizeof(header));
+    if (const char* wrong = check(header, blob, size)) {
+        return wrong;
+    }
+    Weights w{};
+    w.format = static_cast<Format>(header.format);
+    w.activation = static_cast<Activation>(header.activation);
+    w.hidden = header.hidden;
+    w.ffn = header.ffn;
+    w.columns = round_up(w.hidden, block);
+    w.row_bytes = w.format == Format::i8 ? w.columns : w.format == Format::u4 ? w.columns / 2 : w.columns * 2;
+    const std::size_t groups = w.format == Format::i8 ? 1 : w.format == Format::u4 ? w.columns / block : 0;
+    w.down_groups = w.format == Format::i8 ? 1 : w.format == Format::u4 ? w.ffn / block : 0;
+    Sections sections(blob);
+    w.gate = {sections.take<std::uint8_t>(w.ffn * w.row_bytes), w.row_bytes, nullptr, nullptr, groups};
+    w.up = {sections.take<std::uint8_t>(w.ffn * 2 * w.row_bytes), 2 * w.row_bytes, nullptr, nullptr, groups};
+    w.down = w.up.rows + w.row_bytes;
+    for (Matrix* matrix : {&w.gate, &w.up}) {
+        matrix->scale = sections.take<std::uint16_t>(w.ffn * groups);
+        matrix->zero = sections.take<std::int8_t>(w.ffn * groups);
+    }
+    w.down_scale = sections.take<std::uint16_t>(w.down_groups * w.columns);
+    w.down_zero = sections.take<std::int8_t>(w.down_groups * w.columns);
+    if (sections.end() != size) {
+        return "they have another size than their shape needs";
+    }
+    weights = w;
+    return nullptr;
+}
+
+std::size_t sums_stride(const Weights& weights) {
+    return weights.columns + 16;
+}
+
+std::size_t decode_scratch(const Weights& weights, std::size_t rows) {
+    return rows * (weights.columns + block);
+}
+
+std::size_t prefill_scratch(std::size_t rows) {
+    return (2 * rows + 32) * block + 4 * max_columns / block * 64;
+}
+
+}  // namespace cats_mlp
+}  // namespace edge

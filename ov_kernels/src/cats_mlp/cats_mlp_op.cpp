@@ -1,0 +1,299 @@
+// The OpenVINO side of CatsMlp: types, shapes, threads and scratch memory. The arithmetic is in the other files.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "cats_mlp/cats_mlp.hpp"
+#include "openvino/core/op_extension.hpp"
+#include "openvino/core/parallel.hpp"
+#include "openvino/op/constant.hpp"
+#include "openvino/op/op.hpp"
+#include "ov_extension.hpp"
+
+namespace edge {
+namespace {
+
+using namespace cats_mlp;
+
+// Neurons are shared out in ranges, each with sums of its own, added in order: the result does not depend on threads.
+// 32 ranges feed the cores of a client CPU; a range under 256 neurons would cost more to add up than to compute.
+constexpr std::size_t max_ranges = 32;
+constexpr std::size_t least_range = 256;
+
+std::atomic<std::uint64_t> bytes_read{0};
+
+std::size_t ceil_div(std::size_t size, std::size_t step) {
+    return (size + step - 1) / step;
+}
+
+// Memory that is taken for one call and given back. Fresh pages in every call would cost as much as a small layer;
+// memory of a thread would break where a thread that waits runs another stream's op in between.
+class Scratch {
+public:
+    explicit Scratch(std::size_t floats) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex());
+            if (!pool().empty()) {
+                m_memory = std::move(pool().back());
+                pool().pop_back();
+            }
+        }
+        if (m_memory.size() < floats + 16) {
+            m_memory.resize(floats + 16);
+        }
+        void* begin = m_memory.data();
+        std::size_t space = m_memory.size() * sizeof(float);
+        m_next = static_cast<float*>(std::align(64, floats * sizeof(float), begin, space));
+    }
+
+    ~Scratch() {
+        const std::lock_guard<std::mutex> lock(mutex());
+        pool().push_back(std::move(m_memory));
+    }
+
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+    // A part of the memory, for `count` values of T.
+    template <class T>
+    T* take(std::size_t count) {
+        T* part = reinterpret_cast<T*>(m_next);
+        m_next += floats_of<T>(count);
+        return part;
+    }
+
+    template <class T>
+    static std::size_t floats_of(std::size_t count) {
+        return ceil_div(count * sizeof(T), 64) * 16;
+    }
+
+private:
+    static std::mutex& mutex() {
+        static std::mutex instance;
+        return instance;
+    }
+    static std::vector<std::vector<float>>& pool() {
+        static std::vector<std::vector<float>> instance;
+        return instance;
+    }
+
+    std::vector<float> m_memory;
+    float* m_next;
+};
+
+// Runs work(task, thread) for all tasks: the next task goes to the thread that is free.
+template <class Work>
+void share_out(std::size_t tasks, std::size_t threads, const Work& work) {
+    std::atomic<std::size_t> next{0};
+    ov::parallel_nt(static_cast<int>(std::min(tasks, threads)), [&](int thread, int) {
+        for (std::size_t task = next++; task < tasks; task = next++) {
+            work(task, static_cast<std::size_t>(thread));
+        }
+    });
+}
+
+std::size_t num_threads() {
+    return static_cast<std::size_t>(std::max(1, parallel_get_max_threads()));
+}
+
+// Up to 8 tokens.
+void decode_rows(const Kernels& k, const Weights& w, const Thresholds& thresholds, const float* x, std::size_t rows,
+                 bool exact, float* y) {
+    const std::size_t chunks = ceil_div(w.ffn, block), blocks = w.columns / block;
+    const std::size_t wanted = std::min(max_ranges, std::max<std::size_t>(1, w.ffn / least_range));
+    const std::size_t per_range = ceil_div(chunks, wanted), ranges = ceil_div(chunks, per_range);
+    const std::size_t stride = rows * sums_stride(w), threads = num_threads();
+    const std::size_t part = Scratch::floats_of<float>(decode_scratch(w, rows));
+    Scratch scratch(Scratch::floats_of<float>(rows * w.columns) + 2 * Scratch::floats_of<float>(rows * blocks) + 16 +
+                    threads * part + ranges * stride);
+    Tokens tokens{rows, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+    float* values = scratch.take<float>(rows * w.columns);
+    tokens.x = exact ? values : nullptr;
+    tokens.q16 = exact ? nullptr : reinterpret_cast<std::int16_t*>(values);
+    tokens.scale = scratch.take<float>(rows * blocks);
+    tokens.sum = scratch.take<float>(rows * blocks);
+    tokens.total = scratch.take<float>(rows);
+    float* own = scratch.take<float>(threads * part);
+    float* sums = scratch.take<float>(ranges * stride);
+    k.prepare(w, x, exact ? 32 : 16, tokens);
+    share_out(ranges, threads, [&](std::size_t range, std::size_t thread) {
+        const std::size_t first = range * per_range * block;
+        const std::size_t last = std::min(w.ffn, first + per_range * block);
+        std::fill_n(sums + range * stride, stride, 0.0f);
+        bytes_read += k.decode(w, thresholds, tokens, first, last, sums + range * stride, own + thread * part);
+    });
+    share_out(ceil_div(w.hidden, 1024), threads, [&](std::size_t task, std::size_t) {
+        k.finish(w, sums, ranges, rows, task * 1024, std::min(w.hidden, task * 1024 + 1024), y);
+    });
+}
+
+// More than 8 tokens, at most max_prefill_rows.
+void prefill_rows(const Kernels& k, const Weights& w, const Thresholds& thresholds, const float* x, std::size_t rows,
+                  float* y) {
+    const std::size_t chunks = ceil_div(w.ffn, block), blocks = w.columns / block;
+    const std::size_t threads = num_threads(), part = Scratch::floats_of<float>(prefill_scratch(rows));
+    Scratch scratch(Scratch::floats_of<std::int8_t>(rows * w.columns) + 2 * Scratch::floats_of<float>(rows * blocks) +
+                    Scratch::floats_of<float>(rows) + Scratch::floats_of<std::int8_t>(rows * chunks * block) +
+                    2 * Scratch::floats_of<float>(rows * chunks) + threads * part);
+    Tokens tokens{rows, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+    tokens.q8 = scratch.take<std::int8_t>(rows * w.columns);
+    tokens.scale = scratch.take<float>(rows * blocks);
+    tokens.sum = scratch.take<float>(rows * blocks);
+    tokens.total = scratch.take<float>(rows);
+    Hidden hidden{};
+    hidden.q = scratch.take<std::int8_t>(rows * chunks * block);
+    hidden.scale = scratch.take<float>(rows * chunks);
+    hidden.sum = scratch.take<float>(rows * chunks);
+    float* own = scratch.take<float>(threads * part);
+    k.prepare(w, x, 8, tokens);
+    share_out(chunks, threads, [&](std::size_t chunk, std::size_t thread) {
+        k.prefill_hidden(w, thresholds, tokens, chunk * block, hidden, own + thread * part);
+    });
+    share_out(blocks, threads, [&](std::size_t column, std::size_t thread) {
+        k.prefill_output(w, hidden, rows, column * block, y, own + thread * part);
+    });
+}
+
+void run(const Weights& w, const Thresholds& thresholds, const float* x, std::size_t rows, bool exact, float* y) {
+    const Kernels* k = nullptr;
+    OPENVINO_ASSERT(choose_kernels(k), "EDGE_KERNELS_ISA names instructions that this machine does not have, expected ",
+                    "avx512, avx2vnni, avx2 or ref");
+    if (k == nullptr) {
+        std::vector<float> hidden(w.ffn);
+        reference(w, thresholds, x, rows, y, hidden.data());
+        return;
+    }
+    exact = exact || w.format == Format::bf16;
+    while (rows > 0) {
+        const bool is_prefill = rows > max_decode_rows && !exact;
+        const std::size_t count = std::min(rows, is_prefill ? max_prefill_rows : max_decode_rows);
+        if (is_prefill) {
+            prefill_rows(*k, w, thresholds, x, count, y);
+        } else {
+            decode_rows(*k, w, thresholds, x, count, exact, y);
+        }
+        x += count * w.hidden;
+        y += count * w.hidden;
+        rows -= count;
+    }
+}
+
+class CatsMlp : public ov::op::Op {
+public:
+    OPENVINO_OP("CatsMlp", "edge");
+
+    CatsMlp() = default;
+
+    CatsMlp(const ov::OutputVector& inputs, bool exact) : Op(inputs), m_exact(exact) {
+        constructor_validate_and_infer_types();
+    }
+
+    void validate_and_infer_types() override {
+        NODE_VALIDATION_CHECK(this, get_input_size() == 3, "CatsMlp got ", get_input_size(), " inputs, expected 3");
+        check_type(0, ov::element::f32);
+        check_type(1, ov::element::u8);
+        check_type(2, ov::element::f32);
+        const auto shape = get_input_partial_shape(0);
+        if (const auto blob = constant(1)) {
+            const Weights weights = parsed(blob->get_data_ptr<std::uint8_t>(), blob->get_byte_size());
+            check_shape(shape, weights);
+        }
+        set_output_type(0, ov::element::f32, shape);
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        check_new_args_count(this, inputs);
+        return std::make_shared<CatsMlp>(inputs, m_exact);
+    }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("exact", m_exact);
+        return true;
+    }
+
+    bool has_evaluate() const override {
+        return get_input_element_type(0) == ov::element::f32;
+    }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        const Weights weights = parsed(inputs[1].data<const std::uint8_t>(), inputs[1].get_byte_size());
+        const auto shape = inputs[0].get_shape();
+        const Thresholds thresholds{inputs[2].data<const float>(), inputs[2].get_size()};
+        OPENVINO_ASSERT(!shape.empty() && shape.back() == weights.hidden,
+                        "CatsMlp got an input of shape ", shape, ", expected a last axis of ", weights.hidden);
+        check_thresholds(thresholds.count, weights);
+        outputs[0].set_shape(shape);
+        run(weights, thresholds, inputs[0].data<const float>(), inputs[0].get_size() / weights.hidden, m_exact,
+            outputs[0].data<float>());
+        return true;
+    }
+
+private:
+    std::shared_ptr<ov::op::v0::Constant> constant(std::size_t input) const {
+        return ov::as_type_ptr<ov::op::v0::Constant>(get_input_node_shared_ptr(input));
+    }
+
+    void check_type(std::size_t input, ov::element::Type expected) const {
+        const auto type = get_input_element_type(input);
+        NODE_VALIDATION_CHECK(this, type == expected || type.is_dynamic(), "CatsMlp got input ", input, " of type ",
+                              type, ", expected ", expected);
+    }
+
+    void check_shape(const ov::PartialShape& shape, const Weights& weights) const {
+        if (shape.rank().is_static()) {
+            const auto rank = shape.rank().get_length();
+            NODE_VALIDATION_CHECK(this, rank > 0 && shape[rank - 1].compatible(ov::Dimension(weights.hidden)),
+                                  "CatsMlp got an input of shape ", shape, ", expected a last axis of ",
+                                  weights.hidden);
+        }
+        if (get_input_partial_shape(2).is_static()) {
+            check_thresholds(ov::shape_size(get_input_shape(2)), weights);
+        }
+    }
+
+    static void check_thresholds(std::size_t count, const Weights& weights) {
+        OPENVINO_ASSERT(count == 1 || count == weights.ffn, "CatsMlp got ", count, " thresholds, expected 1 or ",
+                        weights.ffn);
+    }
+
+    static Weights parsed(const std::uint8_t* blob, std::size_t size) {
+        Weights weights{};
+        const char* wrong = parse(blob, size, weights);
+        OPENVINO_ASSERT(wrong == nullptr, "CatsMlp cannot use its ", size, " bytes of weights: ", wrong);
+        return weights;
+    }
+
+    bool m_exact = false;
+};
+
+}  // namespace
+
+ov::Extension::Ptr make_cats_mlp_extension() {
+    return std::make_shared<ov::OpExtension<CatsMlp>>();
+}
+
+}  // namespace edge
+
+#if defined(_WIN32)
+#    define EDGE_EXPORT __declspec(dllexport)
+#else
+#    define EDGE_EXPORT __attribute__((visibility("default")))
+#endif
+
+// For benchmarks: bytes of weights that CatsMlp read in decoding, since the library was loaded.
+extern "C" EDGE_EXPORT std::uint64_t edge_cats_mlp_bytes_read() {
+    return edge::bytes_read;
+}
+
+// For `edge-run devices` and tests: the instruction set that CatsMlp uses.
+extern "C" EDGE_EXPORT const char* edge_kernels_isa() {
+    const edge::cats_mlp::Kernels* chosen = nullptr;
+    if (!edge::cats_mlp::choose_kernels(chosen)) {
+        return "none";
+    }
+    return chosen ? chosen->name : "ref";
+}
