@@ -21,7 +21,7 @@ FORMATS = ("i8", "u4", "bf16")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf")
 BLOCK = 128
 """Columns, and in 4 bits neurons, that share a scale; rows are padded to whole blocks."""
-ALIGNMENT = 64
+ALIGNMENT = RECORD_PADDING = 64
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def pack(mlp: GatedMlp) -> NDArray[np.uint8]:
         raise ValueError(f"formats are {form}, {mlp.up.format} and {mlp.down.format}, expected the same")
     if form == "u4" and (ffn % BLOCK or hidden % BLOCK):
         raise ValueError(f"sizes are {hidden} and {ffn}, expected multiples of {BLOCK} for 4 bits")
-    records = np.concatenate([_rows(mlp.up.values), _rows(mlp.down.values.T)], 1)
+    padding = np.zeros((ffn, RECORD_PADDING), np.uint8)
+    records = np.concatenate([_rows(mlp.up.values), _rows(mlp.down.values.T), padding], 1)
     sections = [_rows(mlp.gate.values), records]
     for matrix in (mlp.gate, mlp.up):
         if matrix.scale is not None and matrix.zero is not None:
@@ -106,10 +107,10 @@ def unpack(blob: NDArray[np.uint8]) -> GatedMlp:
     columns, take = -(-hidden // BLOCK) * BLOCK, _Sections(content)
     width = {"i8": columns, "u4": columns // 2, "bf16": 2 * columns}[FORMATS[form]]
     groups, down_groups = {"i8": (1, 1), "u4": (columns // BLOCK, ffn // BLOCK), "bf16": (0, 0)}[FORMATS[form]]
-    gate, records = (take(np.uint8, ffn, count * width) for count in (1, 2))
+    gate, records = take(np.uint8, ffn, width), take(np.uint8, ffn, 2 * width + RECORD_PADDING)
     scales = [(take(np.float16, ffn, groups), take(np.int8, ffn, groups)) for _ in range(2)]
     down = [take(kind, down_groups, columns)[:, :hidden].T for kind in (np.float16, np.int8)]
-    values = [_values(rows, FORMATS[form])[:, :hidden] for rows in (gate, records[:, :width], records[:, width:])]
+    values = [_values(rows, FORMATS[form])[:, :hidden] for rows in (gate, records[:, :width], records[:, width : 2 * width])]
     parts = [scales[0], scales[1], (down[0], down[1])] if groups else [(None, None)] * 3
     return GatedMlp(
         Matrix(values[0], *parts[0]), Matrix(values[1], *parts[1]), Matrix(values[2].T, *parts[2]),

@@ -3,7 +3,8 @@
 using F = __m256;
 using I = __m256i;
 constexpr std::size_t lanes = 8;
-constexpr std::size_t tile_vectors = 2;
+constexpr std::size_t down_tokens = 2;
+constexpr int tile_vectors = 2;
 
 constexpr int tile_rows(int tokens) {
     return tokens == 1 ? 4 : tokens <= 3 ? 2 : 1;
@@ -91,7 +92,6 @@ inline void f_from_u4(const void* p, F& low, F& high) {
 inline I i_zero() { return _mm256_setzero_si256(); }
 inline I i_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline I i_set_word(const void* p) { return _mm256_broadcastd_epi32(_mm_loadu_si32(p)); }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 inline I i_16_from_i8(const void* p) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
@@ -101,6 +101,38 @@ inline void i_16_from_u4(const void* p, I& low, I& high) {
     const I pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
     low = _mm256_and_si256(pairs, _mm256_set1_epi16(15));
     high = _mm256_srli_epi16(pairs, 4);
+}
+
+inline I i_unsigned(I x) { return _mm256_xor_si256(x, _mm256_set1_epi8(static_cast<char>(0x80))); }
+
+inline I i_low_u4(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+inline I i_high_u4(I x) { return i_low_u4(_mm256_srli_epi16(x, 4)); }
+
+inline void i_zip16(I x, I y, I& first, I& second) {
+    first = _mm256_unpacklo_epi16(x, y);
+    second = _mm256_unpackhi_epi16(x, y);
+}
+
+inline void i_unzip16(I x, I y, I& first, I& second) {
+    first = _mm256_permute2x128_si256(x, y, 0x20);
+    second = _mm256_permute2x128_si256(x, y, 0x31);
+}
+
+inline void i_zip8(I (&x)[4]) {
+    const I a = _mm256_unpacklo_epi8(x[0], x[1]), b = _mm256_unpackhi_epi8(x[0], x[1]);
+    const I c = _mm256_unpacklo_epi8(x[2], x[3]), d = _mm256_unpackhi_epi8(x[2], x[3]);
+    x[0] = _mm256_unpacklo_epi16(a, c);
+    x[1] = _mm256_unpackhi_epi16(a, c);
+    x[2] = _mm256_unpacklo_epi16(b, d);
+    x[3] = _mm256_unpackhi_epi16(b, d);
+}
+
+inline void i_unzip8(I (&x)[4]) {
+    const I a = x[0], b = x[1], c = x[2], d = x[3];
+    x[0] = _mm256_permute2x128_si256(a, b, 0x20);
+    x[1] = _mm256_permute2x128_si256(c, d, 0x20);
+    x[2] = _mm256_permute2x128_si256(a, b, 0x31);
+    x[3] = _mm256_permute2x128_si256(c, d, 0x31);
 }
 
 // The scale with which 128 floats become integers of at most `limit`; NaN where one of them is NaN or infinite.

@@ -14,7 +14,7 @@
 // Weights, one blob, made by edge_export and never rewritten: header of 64 bytes, then sections in this order, each
 // padded with zeros to 64 bytes. `columns` is H rounded up to 128; a row has all of them.
 //   gate       [F][row_bytes]       rows of Wgate^T
-//   records    [F][2 * row_bytes]   neuron j: its row of Wup^T, then its row of Wdown
+//   records    [F][2 * row_bytes + 64]   neuron j: its row of Wup^T, its row of Wdown, zeros
 //   gate scale f16 [F][groups], gate zero i8 [F][groups]; the same for up
 //   down scale f16 [down_groups][columns], down zero i8 [down_groups][columns]
 // A weight is scale * (q - zero). Formats of q:
@@ -23,9 +23,9 @@
 //         groups = columns / 128; down_groups = F / 128: neurons in groups of 128; H and F are multiples of 128
 //   bf16  two bytes; no scales, no zeros
 //
-// Activations: `exact` computes in f32 throughout. Else up to 8 tokens enter the dot products with gate and up as 16-bit
-// integers, one scale for each 128 columns (relative error of a dot product about 3e-5), and more tokens as 8-bit
-// integers, as does the product with Wdown then (about 1e-2, the class of OpenVINO's own dynamic quantisation).
+// Activations: `exact` computes in f32 throughout, as bf16 does. Else one or two tokens enter the dot products as 16-bit
+// integers, one scale for each 128 (relative error about 3e-5), more tokens those with gate and up as 8-bit integers,
+// and more than 8 tokens all of them (about 1e-2, the class of OpenVINO's own dynamic quantisation).
 //
 // This header is included by every translation unit of the op and names nothing from OpenVINO or the STL.
 
@@ -78,18 +78,18 @@ struct Thresholds {
     std::size_t count;    // 1, or F
 };
 
-// Tokens, ready for dot products. Arrays are [rows][columns] and [rows][columns / 128]; columns beyond H are 0.
+// Tokens, ready for dot products: values of 32 (f32), 16 or 8 bits. Columns beyond H are 0. Up to 8 tokens: values
+// [rows][columns], scale and sum [rows][columns / 128]; more: [columns / 128][rows][128] and [columns / 128][rows].
 struct Tokens {
     std::size_t rows;
-    float* x;            // exact only
-    std::int16_t* q16;   // decode, not exact
-    std::int8_t* q8;     // prefill
-    float* scale;        // of each block of q16 or q8; NaN where the block holds NaN or infinity
-    float* sum;          // of each block's values
-    float* total;        // [rows]: of `sum`
+    void* values;
+    float* scale;  // of each block of integers; NaN where the block holds NaN or infinity
+    float* sum;    // of each block's values
+    float* total;  // [rows]: of `sum`
 };
 
-// The hidden activations of prefill in 8 bits: q [rows][F rounded up to 128]; scale and sum [rows][F / 128 rounded up].
+// The hidden activations of prefill in 8 bits: q [blocks][rows][128]; scale and sum [blocks][rows], for F / 128 blocks,
+// rounded up.
 struct Hidden {
     std::int8_t* q;
     float* scale;
@@ -100,14 +100,17 @@ struct Hidden {
 struct Kernels {
     const char* name;
 
-    // Fills `tokens` from x, [rows][H]. bits: 32 (x), 16 (q16) or 8 (q8).
+    // Most tokens whose values have 16 bits in decoding; more have 8.
+    std::size_t max_rows_of_16_bits;
+
+    // Fills `tokens` from x, [rows][H].
     void (*prepare)(const Weights& weights, const float* x, int bits, Tokens& tokens);
 
     // Adds the share of neurons [first, last), `first` a multiple of 128, of up to 8 tokens to `sums`, [rows][columns +
     // 16] and set to 0: raw sums over q of Wdown (i8) or final ones; element `columns` of a row sums the coefficients.
     // `scratch` holds decode_scratch() floats. Returns the bytes of weights read.
-    std::size_t (*decode)(const Weights& weights, const Thresholds& thresholds, const Tokens& tokens, std::size_t first,
-                          std::size_t last, float* sums, float* scratch);
+    std::size_t (*decode)(const Weights& weights, const Thresholds& thresholds, const Tokens& tokens, int bits,
+                          std::size_t first, std::size_t last, float* sums, float* scratch);
 
     // y[rows][begin..end) from `count` arrays of sums, added in order; begin is a multiple of 128.
     void (*finish)(const Weights& weights, const float* sums, std::size_t count, std::size_t rows, std::size_t begin,
@@ -124,7 +127,7 @@ struct Kernels {
 };
 
 std::size_t sums_stride(const Weights& weights);
-std::size_t decode_scratch(const Weights& weights, std::size_t rows);
+std::size_t decode_scratch(const Weights& weights, std::size_t rows, std::size_t neurons);
 std::size_t prefill_scratch(std::size_t rows);
 
 // Computes y [rows][H] from x [rows][H], one token after another, in f32 with sums in f64. `hidden` holds F floats.

@@ -35,7 +35,7 @@ inline I i_dot8(I sum, I u, I s) {
 
 }  // namespace
 
-const Kernels kernels_avx2 = {"avx2", prepare, decode, finish, prefill_hidden, prefill_output};
+const Kernels kernels_avx2 = {"avx2", 8, prepare, decode, finish, prefill_hidden, prefill_output};
 
 }  // namespace cats_mlp
 }  // namespace edge

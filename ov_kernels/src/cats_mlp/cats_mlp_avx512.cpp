@@ -14,7 +14,8 @@ namespace {
 using F = __m512;
 using I = __m512i;
 constexpr std::size_t lanes = 16;
-constexpr std::size_t tile_vectors = 4;
+constexpr std::size_t down_tokens = 5;
+constexpr int tile_vectors = 4;
 
 constexpr int tile_rows(int tokens) {
     return tokens <= 2 ? 4 : 2;
@@ -83,7 +84,6 @@ inline I i_load(const void* p) { return _mm512_loadu_si512(p); }
 inline I i_dot16(I sum, I x, I y) { return _mm512_dpwssd_epi32(sum, x, y); }
 inline I i_dot8(I sum, I u, I s) { return _mm512_dpbusd_epi32(sum, u, s); }
 inline I i_set_word(const void* p) { return _mm512_broadcastd_epi32(_mm_loadu_si32(p)); }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 inline I i_16_from_i8(const void* p) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
@@ -93,6 +93,41 @@ inline void i_16_from_u4(const void* p, I& low, I& high) {
     const I pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
     low = _mm512_and_si512(pairs, _mm512_set1_epi16(15));
     high = _mm512_srli_epi16(pairs, 4);
+}
+
+inline I i_unsigned(I x) { return _mm512_xor_si512(x, _mm512_set1_epi8(static_cast<char>(0x80))); }
+
+inline I i_low_u4(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+inline I i_high_u4(I x) { return i_low_u4(_mm512_srli_epi16(x, 4)); }
+
+inline void i_zip16(I x, I y, I& first, I& second) {
+    first = _mm512_unpacklo_epi16(x, y);
+    second = _mm512_unpackhi_epi16(x, y);
+}
+
+inline void i_unzip16(I x, I y, I& first, I& second) {
+    const I low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const I high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    first = _mm512_permutex2var_epi32(x, low, y);
+    second = _mm512_permutex2var_epi32(x, high, y);
+}
+
+inline void i_zip8(I (&x)[4]) {
+    const I a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
+    const I c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+    x[0] = _mm512_unpacklo_epi16(a, c);
+    x[1] = _mm512_unpackhi_epi16(a, c);
+    x[2] = _mm512_unpacklo_epi16(b, d);
+    x[3] = _mm512_unpackhi_epi16(b, d);
+}
+
+inline void i_unzip8(I (&x)[4]) {  // quarters: a 4 x 4 transposition
+    const I a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+    const I c = _mm512_shuffle_i32x4(x[0], x[1], 0xEE), d = _mm512_shuffle_i32x4(x[2], x[3], 0xEE);
+    x[0] = _mm512_shuffle_i32x4(a, b, 0x88);
+    x[1] = _mm512_shuffle_i32x4(a, b, 0xDD);
+    x[2] = _mm512_shuffle_i32x4(c, d, 0x88);
+    x[3] = _mm512_shuffle_i32x4(c, d, 0xDD);
 }
 
 // The scale with which 128 floats become integers of at most `limit`; NaN where one of them is NaN or infinite.
@@ -163,7 +198,7 @@ inline void transpose(const std::uint8_t* from, std::size_t from_stride, std::ui
 
 }  // namespace
 
-const Kernels kernels_avx512 = {"avx512", prepare, decode, finish, prefill_hidden, prefill_output};
+const Kernels kernels_avx512 = {"avx512", 2, prepare, decode, finish, prefill_hidden, prefill_output};
 
 }  // namespace cats_mlp
 }  // namespace edge

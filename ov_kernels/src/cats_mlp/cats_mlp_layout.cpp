@@ -26,6 +26,7 @@ static_assert(sizeof(Header) == 64, "the blob's header has 64 bytes");
 
 constexpr char magic[9] = "EDGE-MLP";
 constexpr std::uint32_t version = 1;
+constexpr std::size_t record_padding = 64;  // else the rows of a batch would share a few sets of the caches
 
 std::uint32_t crc32(const std::uint8_t* data, std::size_t size) {
     std::uint32_t crc = 0xFFFFFFFFu;
@@ -107,7 +108,8 @@ const char* parse(const std::uint8_t* blob, std::size_t size, Weights& weights) 
     w.down_groups = w.format == Format::i8 ? 1 : w.format == Format::u4 ? w.ffn / block : 0;
     Sections sections(blob);
     w.gate = {sections.take<std::uint8_t>(w.ffn * w.row_bytes), w.row_bytes, nullptr, nullptr, groups};
-    w.up = {sections.take<std::uint8_t>(w.ffn * 2 * w.row_bytes), 2 * w.row_bytes, nullptr, nullptr, groups};
+    const std::size_t record = 2 * w.row_bytes + record_padding;
+    w.up = {sections.take<std::uint8_t>(w.ffn * record), record, nullptr, nullptr, groups};
     w.down = w.up.rows + w.row_bytes;
     for (Matrix* matrix : {&w.gate, &w.up}) {
         matrix->scale = sections.take<std::uint16_t>(w.ffn * groups);
@@ -126,8 +128,8 @@ std::size_t sums_stride(const Weights& weights) {
     return weights.columns + 16;
 }
 
-std::size_t decode_scratch(const Weights& weights, std::size_t rows) {
-    return rows * (weights.columns + block);
+std::size_t decode_scratch(const Weights& weights, std::size_t rows, std::size_t neurons) {
+    return (rows + 1) * round_up(neurons, 16) + 16 + rows * weights.columns;
 }
 
 std::size_t prefill_scratch(std::size_t rows) {

@@ -107,24 +107,24 @@ void decode_rows(const Kernels& k, const Weights& w, const Thresholds& threshold
     const std::size_t wanted = std::min(max_ranges, std::max<std::size_t>(1, w.ffn / least_range));
     const std::size_t per_range = ceil_div(chunks, wanted), ranges = ceil_div(chunks, per_range);
     const std::size_t stride = rows * sums_stride(w), threads = num_threads();
-    const std::size_t part = Scratch::floats_of<float>(decode_scratch(w, rows));
+    const std::size_t part = Scratch::floats_of<float>(decode_scratch(w, rows, per_range * block));
     Scratch scratch(Scratch::floats_of<float>(rows * w.columns) + 2 * Scratch::floats_of<float>(rows * blocks) + 16 +
                     threads * part + ranges * stride);
-    Tokens tokens{rows, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
-    float* values = scratch.take<float>(rows * w.columns);
-    tokens.x = exact ? values : nullptr;
-    tokens.q16 = exact ? nullptr : reinterpret_cast<std::int16_t*>(values);
+    const int bits = exact ? 32 : rows <= k.max_rows_of_16_bits ? 16 : 8;
+    Tokens tokens{};
+    tokens.rows = rows;
+    tokens.values = scratch.take<float>(rows * w.columns);
     tokens.scale = scratch.take<float>(rows * blocks);
     tokens.sum = scratch.take<float>(rows * blocks);
     tokens.total = scratch.take<float>(rows);
     float* own = scratch.take<float>(threads * part);
     float* sums = scratch.take<float>(ranges * stride);
-    k.prepare(w, x, exact ? 32 : 16, tokens);
+    k.prepare(w, x, bits, tokens);
     share_out(ranges, threads, [&](std::size_t range, std::size_t thread) {
         const std::size_t first = range * per_range * block;
         const std::size_t last = std::min(w.ffn, first + per_range * block);
         std::fill_n(sums + range * stride, stride, 0.0f);
-        bytes_read += k.decode(w, thresholds, tokens, first, last, sums + range * stride, own + thread * part);
+        bytes_read += k.decode(w, thresholds, tokens, bits, first, last, sums + range * stride, own + thread * part);
     });
     share_out(ceil_div(w.hidden, 1024), threads, [&](std::size_t task, std::size_t) {
         k.finish(w, sums, ranges, rows, task * 1024, std::min(w.hidden, task * 1024 + 1024), y);
@@ -139,8 +139,9 @@ void prefill_rows(const Kernels& k, const Weights& w, const Thresholds& threshol
     Scratch scratch(Scratch::floats_of<std::int8_t>(rows * w.columns) + 2 * Scratch::floats_of<float>(rows * blocks) +
                     Scratch::floats_of<float>(rows) + Scratch::floats_of<std::int8_t>(rows * chunks * block) +
                     2 * Scratch::floats_of<float>(rows * chunks) + threads * part);
-    Tokens tokens{rows, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
-    tokens.q8 = scratch.take<std::int8_t>(rows * w.columns);
+    Tokens tokens{};
+    tokens.rows = rows;
+    tokens.values = scratch.take<std::int8_t>(rows * w.columns);
     tokens.scale = scratch.take<float>(rows * blocks);
     tokens.sum = scratch.take<float>(rows * blocks);
     tokens.total = scratch.take<float>(rows);

@@ -14,7 +14,7 @@ struct Packed {
     float zero[width];
 };
 
-// Where the 8-bit left operand lies: rows of tokens, with scale and sum for each block.
+// The 8-bit left operand, [blocks][rows][128], with scale and sum for each 128: a pass reads it in order.
 struct Left {
     const std::int8_t* q;
     const float* scale;
@@ -44,10 +44,10 @@ void pack_rows(const Matrix& a, std::size_t first, std::size_t last, std::size_t
     for (std::size_t n = 0; n < width; ++n) {
         const std::size_t row = first + n < last ? first + n : last - 1;
         unpack<W>(a.rows + row * a.stride + b * W::block_bytes, bytes[n]);
-        prefetch_block<W>(a.rows + row * a.stride, b + 1);
+        EDGE_PREFETCH_BLOCK(W, a.rows + row * a.stride, b + 1)
         const std::size_t entry = row * a.groups + (W::is_grouped ? b : 0);
         packed.scale[n] = f_one_f16(a.scale + entry);
-        packed.zero[n] = static_cast<float>(a.zero[entry]) + (W::is_grouped ? 0.0f : 128.0f);
+        packed.zero[n] = static_cast<float>(a.zero[entry]) + W::shift;
     }
     for (std::size_t n = 0; n < width; n += lanes) {
         for (std::size_t c = 0; c < block; c += 4 * lanes) {
@@ -68,7 +68,7 @@ void pack_down(const Weights& w, std::size_t first, std::size_t begin, Packed& p
             const std::size_t row = first + 4 * k + i < w.ffn ? first + 4 * k + i : w.ffn - 1;
             rows[i] = w.down + row * w.up.stride + offset;
             const std::size_t ahead = row + block < w.ffn ? block * w.up.stride : 0;
-            prefetch(rows[i] + ahead);
+            EDGE_PREFETCH(rows[i] + ahead);
         }
         interleave(rows, width, W::is_grouped, shift, packed.bytes + 4 * k * width);
     }
@@ -76,51 +76,67 @@ void pack_down(const Weights& w, std::size_t first, std::size_t begin, Packed& p
     for (std::size_t n = 0; n < width; n += lanes) {
         f_store(packed.scale + n, f_from_f16(w.down_scale + entry + n, lanes));
         f_store(packed.zero + n,
-                f_add(f_from_i8(w.down_zero + entry + n, lanes), f_set(W::is_grouped ? 0.0f : 128.0f)));
+                f_add(f_from_i8(w.down_zero + entry + n, lanes), f_set(W::shift)));
     }
 }
 
-// sums[m][n] += scale[n] * (left . packed - zero[n] * sum of left) for M tokens and one block.
-template <int M>
+// Adds the products of M tokens with one block to sums[m][n]: scale[n] * (left . packed - zero[n] * sum of left) with
+// scales for each block; without, left . packed alone, and finish_rows does the rest once.
+template <bool is_grouped, int M>
 void multiply(const Left& left, std::size_t m0, std::size_t b, const Packed& packed, float* sums, std::size_t stride) {
     I integers[M][tile_vectors];
     const std::int8_t* q[M];
-    for (int m = 0; m < M; ++m) {
-        q[m] = left.q + ((m0 + m) * left.blocks + b) * block;
-        for (std::size_t v = 0; v < tile_vectors; ++v) {
-            integers[m][v] = i_zero();
-        }
-    }
+    unroll<M>([&](auto m) {
+        q[m] = left.q + (b * left.rows + m0 + m) * block;
+        unroll<tile_vectors>([&](auto v) { integers[m][v] = i_zero(); });
+    });
     for (std::size_t k = 0; k < fours; ++k) {
         I bytes[tile_vectors];
-        for (std::size_t v = 0; v < tile_vectors; ++v) {
-            bytes[v] = i_load(packed.bytes + (k * width + v * lanes) * 4);
-        }
-        for (int m = 0; m < M; ++m) {
+        unroll<tile_vectors>([&](auto v) { bytes[v] = i_load(packed.bytes + (k * width + v * lanes) * 4); });
+        unroll<M>([&](auto m) {
             const I word = i_set_word(q[m] + 4 * k);
-            for (std::size_t v = 0; v < tile_vectors; ++v) {
-                integers[m][v] = i_dot8(integers[m][v], bytes[v], word);
-            }
-        }
+            unroll<tile_vectors>([&](auto v) { integers[m][v] = i_dot8(integers[m][v], bytes[v], word); });
+        });
     }
-    for (int m = 0; m < M; ++m) {
-        const F scale = f_set(left.scale[(m0 + m) * left.blocks + b]);
-        const F sum = f_set(-left.sum[(m0 + m) * left.blocks + b]);
-        for (std::size_t v = 0; v < tile_vectors; ++v) {
+    unroll<M>([&](auto m) {
+        const F scale = f_set(left.scale[b * left.rows + m0 + m]);
+        const F sum = f_set(-left.sum[b * left.rows + m0 + m]);
+        unroll<tile_vectors>([&](auto v) {
             float* to = sums + (m0 + m) * stride + v * lanes;
-            const F shifted = f_fma(f_from_i32(integers[m][v]), scale, f_mul(f_load(packed.zero + v * lanes), sum));
-            f_store(to, f_fma(shifted, f_load(packed.scale + v * lanes), f_load(to)));
-        }
-    }
+            F product = f_from_i32(integers[m][v]);
+            if (is_grouped) {
+                product = f_fma(product, scale, f_mul(f_load(packed.zero + v * lanes), sum));
+                f_store(to, f_fma(product, f_load(packed.scale + v * lanes), f_load(to)));
+            } else {
+                f_store(to, f_fma(product, scale, f_load(to)));
+            }
+        });
+    });
 }
 
+template <bool is_grouped>
 void multiply_all(const Left& left, std::size_t b, const Packed& packed, float* sums, std::size_t stride) {
     using Multiply = void (*)(const Left&, std::size_t, std::size_t, const Packed&, float*, std::size_t);
-    static constexpr Multiply by_tokens[] = {multiply<1>, multiply<2>, multiply<3>,
-                                             multiply<4>, multiply<5>, multiply<6>};
+    static constexpr Multiply by_tokens[] = {multiply<is_grouped, 1>, multiply<is_grouped, 2>, multiply<is_grouped, 3>,
+                                             multiply<is_grouped, 4>, multiply<is_grouped, 5>, multiply<is_grouped, 6>};
     for (std::size_t m = 0; m < left.rows; m += prefill_tokens) {
         const std::size_t tokens = left.rows - m < prefill_tokens ? left.rows - m : prefill_tokens;
         by_tokens[tokens - 1](left, m, b, packed, sums, stride);
+    }
+}
+
+// The scales and zeros of columns that have one each: sums = scale[n] * (sums - zero[n] * sum of token m).
+void finish_rows(const Left& left, const Packed& packed, float* sums, std::size_t stride) {
+    for (std::size_t m = 0; m < left.rows; ++m) {
+        float total = 0;
+        for (std::size_t b = 0; b < left.blocks; ++b) {
+            total += left.sum[b * left.rows + m];
+        }
+        for (std::size_t n = 0; n < width; n += lanes) {
+            float* to = sums + m * stride + n;
+            const F shifted = f_fma(f_load(packed.zero + n), f_set(-total), f_load(to));
+            f_store(to, f_mul(shifted, f_load(packed.scale + n)));
+        }
     }
 }
 
@@ -133,7 +149,10 @@ void multiply_rows(const Matrix& a, std::size_t first, std::size_t last, const L
     for (std::size_t n = 0; n < block && first + n < last; n += width) {
         for (std::size_t b = 0; b < left.blocks; ++b) {
             pack_rows<W>(a, first + n, last, b, packed);
-            multiply_all(left, b, packed, out + n, block);
+            multiply_all<W::is_grouped>(left, b, packed, out + n, block);
+        }
+        if (!W::is_grouped) {
+            finish_rows(left, packed, out + n, block);
         }
     }
 }
@@ -143,19 +162,19 @@ void hidden_of(const Weights& w, const Thresholds& thresholds, const Tokens& t, 
                float* scratch) {
     float *g = scratch, *up = g + t.rows * block;
     Packed packed;
-    const Left left{t.q8, t.scale, t.sum, w.columns / block, t.rows};
+    const Left left{static_cast<const std::int8_t*>(t.values), t.scale, t.sum, w.columns / block, t.rows};
     multiply_rows<W>(w.gate, first, w.ffn, left, packed, g);
     multiply_rows<W>(w.up, first, w.ffn, left, packed, up);
     activate(w.activation, g, t.rows * block);
-    const std::size_t blocks = (w.ffn + block - 1) / block, count = w.ffn - first < block ? w.ffn - first : block;
+    const std::size_t count = w.ffn - first < block ? w.ffn - first : block;
     for (std::size_t m = 0; m < t.rows; ++m) {
         float values[block] = {};
         for (std::size_t j = 0; j < count; ++j) {
             const float limit = threshold_of(thresholds, first + j), a = g[m * block + j];
             values[j] = a <= limit && a >= -limit ? 0.0f : a * up[m * block + j];
         }
-        const std::size_t entry = m * blocks + first / block;
-        quantise8(values, hidden.q + entry * block, hidden.scale[entry], hidden.sum[entry]);
+        const std::size_t entry = first / block * t.rows + m;
+        quantise(values, 8, hidden.q + entry * block, hidden.scale[entry], hidden.sum[entry]);
     }
 }
 
@@ -170,10 +189,13 @@ void output_of(const Weights& w, const Left& left, std::size_t begin, float* y, 
     for (std::size_t i = 0; i < left.rows * block; ++i) {
         sums[i] = 0;
     }
-    for (std::size_t b = 0; b < left.blocks; ++b) {
-        for (std::size_t n = 0; n < block; n += width) {
+    for (std::size_t n = 0; n < block; n += width) {
+        for (std::size_t b = 0; b < left.blocks; ++b) {
             pack_down<W>(w, b * block, begin + n, packed);
-            multiply_all(left, b, packed, sums + n, block);
+            multiply_all<W::is_grouped>(left, b, packed, sums + n, block);
+        }
+        if (!W::is_grouped) {
+            finish_rows(left, packed, sums + n, block);
         }
     }
     const std::size_t count = w.hidden - begin < block ? w.hidden - begin : block;
