@@ -6,9 +6,13 @@ and takes K d + t(K + 1). `Pacing` takes the K of the best ratio. Where K = 0 is
 probe only when the probe's measured loss is at most MAX_LOSS of the time since the last one: drafting
 that does not pay costs a few per cent, whatever the prompt.
 
+Text comes in stretches that a draft knows and stretches that it does not, so acceptance after a block that was wholly
+accepted is learned apart from acceptance after any other.
+
 Costs are medians of the last few steps, so one disturbed step does not decide; the first step of a width is not
-counted, because the plugin prepares its kernels in it. Unknown widths are taken to cost as much as known ones, so a
-promising K is tried and then known. What is learned is kept from one request to the next.
+counted, because the plugin prepares its kernels in it. Unknown widths are taken to cost as much as known ones, and
+widths seen once or twice no more than those, so a promising K is tried and then known. What is learned is kept from
+one request to the next.
 """
 
 from __future__ import annotations
@@ -22,8 +26,12 @@ HALF_LIFE = 30.0
 """Drafted blocks after which an observation of acceptance counts half."""
 PRIOR = 0.7
 """Acceptance assumed before any was seen: optimistic, so that drafting starts."""
-PRIOR_WEIGHT = 2.0
+PRIOR_WEIGHT = 4.0
 """Drafted tokens that an assumption counts for."""
+STATE_WEIGHT = 10.0
+"""Drafted tokens that acceptance in general counts for in acceptance after one kind of block."""
+TRUSTED = 3
+"""Steps of a width after which its cost is believed even where it is above its neighbours'."""
 MIN_SLEEP = 16
 """Fewest plain steps between two probes."""
 MARGIN = 1.02
@@ -54,15 +62,50 @@ class TargetCosts:
         None before anything was measured.
         """
         known = self._estimate
-        if width in known:
+        if width in known and (width == 1 or len(self._samples[width]) >= TRUSTED):
             return known[width]
         below = max((w for w in known if w < width), default=None)
         above = min((w for w in known if w > width), default=None)
+        guess = self._between(below, above, width)
+        return guess if width not in known else min(known[width], guess or known[width])
+
+    def _between(self, below: int | None, above: int | None, width: int) -> float | None:
+        known = self._estimate
         if below is None or above is None:
             nearest = below or above
             return None if nearest is None else known[nearest]
         part = (width - below) / (above - below)
         return known[below] + part * (known[above] - known[below])
+
+
+class _Acceptance:
+    """Accepted and drafted tokens by position in the block; old blocks fade."""
+
+    def __init__(self) -> None:
+        self._accepted: list[float] = []
+        self._drafted: list[float] = []
+
+    def chance(self, position: int, assumed: float, weight: float) -> float:
+        """Return the chance of a position, before which `assumed` counts for `weight` tokens."""
+        if position >= len(self._drafted):
+            return assumed
+        return (weight * assumed + self._accepted[position]) / (weight + self._drafted[position])
+
+    def observe(self, num_drafted: int, num_accepted: int) -> None:
+        """Count one block; all positions fade, so that one which was unlucky and then avoided gets another chance."""
+        seen = min(num_drafted, num_accepted + 1)
+        missing = max(0, seen - len(self._drafted))
+        decay = 0.5 ** (1 / HALF_LIFE)
+        self._drafted = [decay * count for count in self._drafted] + [0.0] * missing
+        self._accepted = [decay * count for count in self._accepted] + [0.0] * missing
+        for position in range(seen):
+            self._drafted[position] += 1
+            self._accepted[position] += position < num_accepted
+
+    def forgive(self) -> None:
+        """Forget most rejections: the text may have changed."""
+        pairs = zip(self._accepted, self._drafted, strict=True)
+        self._drafted = [accepted + (drafted - accepted) / 4 for accepted, drafted in pairs]
 
 
 class Pacing:
@@ -77,8 +120,9 @@ class Pacing:
         self._draft_samples: deque[float] = deque(maxlen=9)
         self._read_samples: deque[float] = deque(maxlen=3)
         self._draft_seconds = 0.0
-        self._accepted: list[float] = []
-        self._drafted: list[float] = []
+        self._overall = _Acceptance()
+        self._after_whole = {False: _Acceptance(), True: _Acceptance()}
+        self._was_whole = False
         self._is_warm = False
         self._asleep = 0
         self._lost_s = 0.0
@@ -119,14 +163,13 @@ class Pacing:
     def acceptances(self, count: int) -> list[float]:
         """Return, for each of the first `count` draft tokens, the chance of it once those before it were accepted.
 
-        A position is assumed to be like the one before it until it was seen itself.
+        A position is assumed to be like the one before it until it was seen itself, and after the last kind of block
+        like after any.
         """
         chance, chances = PRIOR, []
         for position in range(count):
-            if position < len(self._drafted):
-                seen = PRIOR_WEIGHT + self._drafted[position]
-                chance = (PRIOR_WEIGHT * chance + self._accepted[position]) / seen
-            chances.append(chance)
+            chance = self._overall.chance(position, chance, PRIOR_WEIGHT)
+            chances.append(self._after_whole[self._was_whole].chance(position, chance, STATE_WEIGHT))
         return chances
 
     def record(self, num_drafted: int, num_accepted: int, draft_s: float, target_s: float, lag: int = 0) -> None:
@@ -140,7 +183,9 @@ class Pacing:
             lag: Tokens the draft had to read before it could draft.
         """
         self._record_draft_seconds(num_drafted, draft_s, lag)
-        self._observe(num_drafted, num_accepted)
+        for acceptance in (self._overall, self._after_whole[self._was_whole]):
+            acceptance.observe(num_drafted, num_accepted)
+        self._was_whole = num_accepted == num_drafted
         plain = self._costs.seconds(1)
         if plain is None:
             return
@@ -152,10 +197,10 @@ class Pacing:
             self._lost_s = 0.0
 
     def _wake(self, max_draft_tokens: int) -> int:
-        """Probe, forgiving old rejections: the text may have changed."""
+        """Probe, forgiving old rejections."""
         self._asleep = 0
-        pairs = zip(self._accepted, self._drafted, strict=True)
-        self._drafted = [accepted + (drafted - accepted) / 4 for accepted, drafted in pairs]
+        for acceptance in (self._overall, *self._after_whole.values()):
+            acceptance.forgive()
         return max(1, self.best(max_draft_tokens)[0])
 
     def _step_seconds(self, num_drafted: int, plain: float) -> float:
@@ -174,17 +219,6 @@ class Pacing:
             self._draft_samples.append(draft_s / num_drafted)
             self._draft_seconds = median(self._draft_samples)
         self._is_warm = True
-
-    def _observe(self, num_drafted: int, num_accepted: int) -> None:
-        """Count one block; all positions fade, so that one which was unlucky and then avoided gets another chance."""
-        seen = min(num_drafted, num_accepted + 1)
-        missing = max(0, seen - len(self._drafted))
-        decay = 0.5 ** (1 / HALF_LIFE)
-        self._drafted = [decay * count for count in self._drafted] + [0.0] * missing
-        self._accepted = [decay * count for count in self._accepted] + [0.0] * missing
-        for position in range(seen):
-            self._drafted[position] += 1
-            self._accepted[position] += position < num_accepted
 
 
 def median(samples: Iterable[float]) -> float:

@@ -220,8 +220,23 @@ def test_costs_of_unknown_widths_come_from_their_neighbours():
     for width, seconds in ((1, 1.0), (5, 3.0)):
         costs.record(width, 99.0)
         assert costs.seconds(width) != 99.0
-        costs.record(width, seconds)
+        for _ in range(3):
+            costs.record(width, seconds)
     assert [costs.seconds(width) for width in (1, 2, 3, 5, 9)] == [1.0, 1.5, 2.0, 3.0, 3.0]
+
+
+def test_a_width_seen_once_is_not_thought_dearer_than_its_neighbours():
+    """A disturbed first step would keep its K from ever being tried again."""
+    costs = TargetCosts()
+    for width, seconds in ((1, 1.0), (3, 1.2), (9, 1.4)):
+        for _ in range(4):
+            costs.record(width, seconds)
+    for _ in range(2):
+        costs.record(6, 50.0)
+    assert costs.seconds(6) == pytest.approx(1.3)
+    for _ in range(2):
+        costs.record(6, 2.0)
+    assert costs.seconds(6) == 2.0
 
 
 def test_costs_are_medians_of_the_recent_past():
@@ -241,9 +256,41 @@ def test_acceptance_of_an_unseen_position_is_that_of_the_one_before():
         pacing.record(2, 2, 0.0, 0.0)
     first, second, third = pacing.acceptances(3)
     assert first > 0.95
-    assert third == second > 0.95
+    assert third == pytest.approx(second, abs=0.03)
+    assert second > 0.95
     for _ in range(50):
         pacing.record(2, 1, 0.0, 0.0)
     first, second, third = pacing.acceptances(3)
     assert first > 0.95
-    assert third == second < 0.4
+    assert second < 0.2
+    assert third < 0.4
+
+
+def test_a_disturbed_start_does_not_keep_drafts_short():
+    """A loaded machine and an unlucky first text left K at 2 for whole answers in which every token was accepted."""
+    reached = []
+    for seed in range(40):
+        world = World(0.02, 0.5, slope=0.03, seed=seed, noise=0.2).run(25)
+        world.noise, world.acceptance = 0.02, 1.0
+        world.run(12)
+        world.chosen.clear()
+        reached.append(np.mean(world.run(12).chosen))
+    assert np.mean(reached) > 6.8
+
+
+def test_drafts_are_long_where_the_text_is_easy():
+    """Text comes in stretches that a draft knows and stretches that it does not: no one K suits both."""
+    ratios = []
+    for seed in range(8):
+        worlds = {k: World(0.02, 0.3, 0.06, seed=seed) for k in ("auto", 2, 3, 4, 6, 8)}
+        for k, world in worlds.items():
+            if k != "auto":
+                world.pacing.choose = lambda most, k=k: k
+            for acceptance in (0.98, 0.3) * 30:
+                world.acceptance = acceptance
+                tokens = world.tokens + 48
+                while world.tokens < tokens:
+                    world.run(1)
+        rates = {k: world.tokens / world.seconds for k, world in worlds.items()}
+        ratios.append(rates.pop("auto") / max(rates.values()))
+    assert np.mean(ratios) > 1.03
