@@ -279,7 +279,9 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, nargs="?", default=demo_target(), help="folder of a Llama: Hugging Face or int8 IR")
+    parser.add_argument(
+        "source", type=Path, nargs="?", default=demo_target(), help="folder of a Llama: Hugging Face or int8 IR"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to make: hf, and one for each format")
     parser.add_argument("--params", type=float, default=1e9, help="parameters wanted")
     parser.add_argument("--weights", nargs="*", default=["int8", "int4"])

@@ -16,6 +16,7 @@ from edge_runtime.errors import ConfigError
 
 PRECISIONS = ("auto", "f32", "bf16", "f16")
 KV_PRECISIONS = ("auto", "f32", "bf16", "f16", "u8", "u4")
+MLPS = ("auto", "fused", "stock")
 NPU_VERIFIED_TOKENS = 8
 """Tokens of one step of an NPU target with a draft. A step compiled for 1, 8, 16 or 32 tokens took 12, 18, 22 or 30 ms
 however many it was given (NPUW on CPU, 2 cores, 33 MB of int8 weights)."""
@@ -64,6 +65,8 @@ class LoadConfig(_Options):
         npu_step_tokens: Most tokens of one step of the target on NPU, the last one and those drafted after it: 1 or a
             multiple of 8; more are verified in several steps. Shapes are static there, so that a step costs what this
             many tokens cost. None for 8 with a draft and 1 without, where prompt lookup then gains nothing.
+        mlp: For models exported with fused MLPs, on CPU: `fused` runs them as exported, `stock` in OpenVINO's own ops,
+            which skip no neuron; `auto` times one layer of the model in both and takes the faster form.
         cache_dir: Where compiled models are kept between runs; None for nowhere.
     """
 
@@ -76,6 +79,7 @@ class LoadConfig(_Options):
     prefill_chunk_size: int = 512
     context_length: int | None = None
     npu_step_tokens: int | None = None
+    mlp: str = "auto"
     cache_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
@@ -86,6 +90,7 @@ class LoadConfig(_Options):
         _choice("kv_precision", self.kv_precision, KV_PRECISIONS)
         if self.activation_group_size is not None:
             _integer("activation_group_size", self.activation_group_size, 0)
+        _choice("mlp", self.mlp, MLPS)
         _integer("num_threads", self.num_threads, 0)
         _integer("prefill_chunk_size", self.prefill_chunk_size, 1)
         if self.context_length is not None:

@@ -21,6 +21,21 @@ MODEL_NAME = "openvino_model.xml"
 
 
 @dataclass(frozen=True, kw_only=True)
+class MlpFacts:
+    """How the gated MLPs are stored, where not as OpenVINO's own ops.
+
+    Attributes:
+        kind: `fused`: one op CatsMlp for each.
+        activation_sparsity: Share of their neurons that was to be skipped; None where none are.
+        method: How the thresholds were found: `cats` or `chess`; None without sparsity.
+    """
+
+    kind: str
+    activation_sparsity: float | None = None
+    method: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Facts about one exported model that the runtime cannot read from the graph.
 
@@ -36,6 +51,7 @@ class Manifest:
         source: Where the model came from: a folder name or a hub id.
         versions: Package name to version, of what made this folder.
         attention_groups: Layers that share one block list; empty for a dense model, which is one group.
+        mlp: How gated MLPs are stored; None, and absent from the file, for OpenVINO's own ops.
         format_version: Of this file.
     """
 
@@ -50,6 +66,7 @@ class Manifest:
     source: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     attention_groups: tuple[tuple[int, ...], ...] = ()
+    mlp: MlpFacts | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -64,7 +81,10 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write `edge_model.json` into `folder`, whole or not at all."""
         temporary = folder / (MANIFEST_NAME + ".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        content = asdict(self)
+        if self.mlp is None:
+            del content["mlp"]  # readers that do not know the entry refuse it
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder / MANIFEST_NAME)
 
 
@@ -126,6 +146,8 @@ def _from_manifest(path: Path) -> Manifest:
     try:
         content["eos_token_ids"] = tuple(content.get("eos_token_ids", ()))
         content["attention_groups"] = tuple(tuple(group) for group in content.get("attention_groups", ()))
+        if content.get("mlp") is not None:
+            content["mlp"] = MlpFacts(**content["mlp"])
         return Manifest(**content)
     except TypeError as error:
         raise ModelFormatError(f"`{path}` cannot be used: {error}", "export the model again") from error

@@ -94,6 +94,7 @@ class PagedModel:
         model, weight_bytes = read_model(folder)
         to_paged_attention(model, manifest.attention_groups)
         properties = compile_properties(device, config, weight_bytes, weight_group_size(model))
+        self._mlp = choose_mlps(model, device, config, properties)
         self._compiled = _compile(model, device, config, properties)
         del model
         self.device = device
@@ -198,7 +199,8 @@ class PagedModel:
         """What the plugin really uses, for reports: threads, precision of arithmetic and of keys and values."""
         names = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "INFERENCE_NUM_THREADS")
         values = {name.lower(): self._compiled.get_property(name) for name in names}
-        return {name: v.to_string() if isinstance(v, ov.Type) else v for name, v in values.items()}
+        shown = {name: v.to_string() if isinstance(v, ov.Type) else v for name, v in values.items()}
+        return shown | ({"mlp": self._mlp} if self._mlp else {})
 
     @property
     def _capacity(self) -> int:
@@ -290,6 +292,15 @@ def read_model(folder: Path) -> tuple[ov.Model, int]:
         raise ov_kernels.explain_read_error(error) or ModelFormatError(
             f"`{path}` cannot be read: {first_line(error)}", "copy or export the model again"
         ) from error
+
+
+def choose_mlps(model: ov.Model, device: str, config: LoadConfig, properties: dict[str, Any]) -> str | None:
+    """Bring fused MLPs into the form that is to run; return what it is, None where there are none."""
+    if not any(node.get_type_name() == "CatsMlp" for node in model.get_ops()):
+        return None
+    from edge_runtime import fused_mlp
+
+    return fused_mlp.choose_mlps(model, device, config, properties)
 
 
 def _compile(model: ov.Model, device: str, config: LoadConfig, properties: dict[str, Any]) -> ov.CompiledModel:

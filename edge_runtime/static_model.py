@@ -32,7 +32,7 @@ from edge_runtime.errors import ContextOverflowError, DeviceError, ModelFormatEr
 from edge_runtime.manifest import Manifest
 from edge_runtime.model import Rows
 from edge_runtime.paged_graph import first_line
-from edge_runtime.paged_model import read_model
+from edge_runtime.paged_model import choose_mlps, read_model
 
 MAX_CONTEXT_LENGTH = 2048
 """Context where `LoadConfig` names none: memory for all of it is taken at once, and each step reads all of it."""
@@ -58,6 +58,7 @@ class StaticModel:
         if manifest.attention_groups:
             raise DeviceError(f"{device} cannot run a model with attention groups", "run it on CPU")
         model, _ = read_model(folder)
+        self._mlp = choose_mlps(model, device, config, {})
         _check(model)
         limit = config.context_length or MAX_CONTEXT_LENGTH
         self.context_length = min(manifest.context_length or limit, limit)
@@ -110,7 +111,8 @@ class StaticModel:
     def properties(self) -> dict[str, Any]:
         """What is really used, for reports."""
         pipeline = str(self._compiled.get_property("NPUW_ONLINE_PIPELINE"))
-        return {"device": self.device, "kv_cache_precision": "f16", "npuw_online_pipeline": pipeline}
+        shown = {"device": self.device, "kv_cache_precision": "f16", "npuw_online_pipeline": pipeline}
+        return shown | ({"mlp": self._mlp} if self._mlp else {})
 
     def _begins_anew(self, end: int, num_rows: int) -> bool:
         """Whether to compute all `end` tokens again rather than those after the ones held."""

@@ -3,7 +3,7 @@
     blob = pack(GatedMlp(gate, up, down, "silu"))     # uint8 [bytes]
     unpack(blob).gate.values                          # the same quantised values again
 
-Values are kept as they were quantised: a model whose MLPs became blobs computes what it computed before, up to rounding.
+Values are kept as they were quantised: a model whose MLPs became blobs computes what it did before, up to rounding.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,7 @@ class Matrix:
         zero: int8 of the same shape. None for bf16.
     """
 
-    values: NDArray[np.generic]
+    values: NDArray[Any]
     scale: NDArray[np.float16] | None = None
     zero: NDArray[np.int8] | None = None
 
@@ -110,7 +111,9 @@ def unpack(blob: NDArray[np.uint8]) -> GatedMlp:
     gate, records = take(np.uint8, ffn, width), take(np.uint8, ffn, 2 * width + RECORD_PADDING)
     scales = [(take(np.float16, ffn, groups), take(np.int8, ffn, groups)) for _ in range(2)]
     down = [take(kind, down_groups, columns)[:, :hidden].T for kind in (np.float16, np.int8)]
-    values = [_values(rows, FORMATS[form])[:, :hidden] for rows in (gate, records[:, :width], records[:, width : 2 * width])]
+    values = [
+        _values(rows, FORMATS[form])[:, :hidden] for rows in (gate, records[:, :width], records[:, width : 2 * width])
+    ]
     parts = [scales[0], scales[1], (down[0], down[1])] if groups else [(None, None)] * 3
     return GatedMlp(
         Matrix(values[0], *parts[0]), Matrix(values[1], *parts[1]), Matrix(values[2].T, *parts[2]),
@@ -124,8 +127,8 @@ class _Sections:
     def __init__(self, content: bytes) -> None:
         self._content, self._next = content, ALIGNMENT
 
-    def __call__(self, kind: type, rows: int, columns: int) -> NDArray[np.generic]:
-        values = np.frombuffer(self._content, kind, rows * columns, self._next).reshape(rows, columns)
+    def __call__(self, kind: type, rows: int, columns: int) -> NDArray[Any]:
+        values: NDArray[Any] = np.frombuffer(self._content, kind, rows * columns, self._next).reshape(rows, columns)
         self._next += -(-values.nbytes // ALIGNMENT) * ALIGNMENT
         return values
 
@@ -136,11 +139,11 @@ def _header(mlp: GatedMlp, hidden: int, ffn: int, size: int) -> bytes:
     return fields + struct.pack("<I", zlib.crc32(fields))
 
 
-def _padded(values: NDArray[np.generic]) -> NDArray[np.generic]:
+def _padded(values: NDArray[Any]) -> NDArray[Any]:
     return np.pad(values, ((0, 0), (0, -values.shape[1] % BLOCK)))
 
 
-def _rows(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+def _rows(values: NDArray[Any]) -> NDArray[Any]:
     """Return rows of weights as stored bytes."""
     whole = np.ascontiguousarray(_padded(values))
     if values.dtype != np.uint8:
@@ -149,7 +152,7 @@ def _rows(values: NDArray[np.generic]) -> NDArray[np.uint8]:
     return (blocks[:, :, 0] | blocks[:, :, 1] << 4).reshape(len(whole), -1)
 
 
-def _values(rows: NDArray[np.generic], form: str) -> NDArray[np.generic]:
+def _values(rows: NDArray[Any], form: str) -> NDArray[Any]:
     """Return stored bytes as rows of weights: the inverse of _rows."""
     if form != "u4":
         return np.ascontiguousarray(rows).view(np.int8 if form == "i8" else np.uint16)
@@ -157,6 +160,6 @@ def _values(rows: NDArray[np.generic], form: str) -> NDArray[np.generic]:
     return np.stack([blocks & 15, blocks >> 4], 2).reshape(len(rows), -1)
 
 
-def _aligned(section: NDArray[np.generic]) -> bytes:
+def _aligned(section: NDArray[Any]) -> bytes:
     content = np.ascontiguousarray(section).tobytes()
     return content + bytes(-len(content) % ALIGNMENT)

@@ -11,6 +11,7 @@ import typer
 from edge_runtime.cli import console
 
 if TYPE_CHECKING:
+    from edge_export.cats.calibrate import Sparsity
     from edge_export.convert import ExportReport
 
 
@@ -25,11 +26,21 @@ def export(
     ] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="int8, int4: no zero points, as NPUs need.")] = False,
     calibration_text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="int4: fit the weights to how the model reads this text.")
+        Path | None, typer.Option(metavar="FILE", help="int4, --cats: fit them to how the model reads this text.")
     ] = None,
     calibration_method: Annotated[
         str, typer.Option(metavar="NAME", help="gptq, or awq: less exact, four times as fast.")
     ] = "gptq",
+    mlp: Annotated[
+        str, typer.Option(metavar="KIND", help="stock, or fused: gated MLPs as one faster op; with int8 or int4.")
+    ] = "stock",
+    cats: Annotated[
+        float | None,
+        typer.Option(metavar="K", help="Skip this share of the MLPs' neurons at each token, 0 to 1; implies fused."),
+    ] = None,
+    cats_method: Annotated[
+        str, typer.Option(metavar="NAME", help="cats: one threshold for each layer; chess: for each neuron.")
+    ] = "cats",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -49,6 +60,9 @@ def export(
             symmetric=symmetric,
             calibration_text=calibration_text,
             calibration_method=calibration_method,
+            mlp=mlp,
+            cats=cats,
+            cats_method=cats_method,
             overwrite=overwrite,
             progress=lambda stage, done, total: progress.update(task, description=stage, completed=done),
         )
@@ -56,6 +70,8 @@ def export(
         console.write_json(_as_json(report))
     else:
         print(_line(report))
+        if report.sparsity:
+            _note_sparsity(report.sparsity)
         console.note(f'try it: edge-run generate -m {folder} "Once upon a time"')
 
 
@@ -75,7 +91,24 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
         "num_parameters": manifest.num_parameters,
         "bytes": report.num_bytes,
         "verification": asdict(report.verification),
+        "mlp": manifest.mlp and asdict(manifest.mlp),
+        "sparsity": report.sparsity and _sparsity_as_json(report.sparsity),
     }
+
+
+def _sparsity_as_json(sparsity: Sparsity) -> dict[str, Any]:
+    return {"realised": list(sparsity.realised), "effect": asdict(sparsity.effect)}
+
+
+def _note_sparsity(sparsity: Sparsity) -> None:
+    """Say which share of its neurons each layer skips on text it was not calibrated on, and what that does."""
+    for layer, share in enumerate(sparsity.realised):
+        console.note(f"layer {layer}: {share:.1%} of the neurons skipped on held-out text")
+    shares, effect = sparsity.realised, sparsity.effect
+    console.note(
+        f"all layers: mean {sum(shares) / len(shares):.1%}, {min(shares):.1%} to {max(shares):.1%}; skipping alone: "
+        f"error {effect.error:.1e}, same first choice at {effect.top1_agreement:.1%}, KL {effect.kl_divergence:.1e}"
+    )
 
 
 def _line(report: ExportReport) -> str:

@@ -25,13 +25,18 @@ import openvino as ov
 from numpy.typing import NDArray
 
 import edge_runtime
+import ov_kernels
 from edge_export import onnx_source, torch_source, verify
+from edge_export.cats import MlpFormat
+from edge_export.cats.calibrate import Sparsity, sparsify
+from edge_export.cats.rewrite import fuse_mlps
 from edge_export.compress import WeightFormat, calibration_windows, compress
 from edge_export.quiet import quiet
 from edge_export.sources import Source, open_source, unsupported
 from edge_export.staging import check_free_disk, check_output, staged
 from edge_export.tokenizer_files import save_tokenizer
 from edge_export.verify import Verification
+from edge_runtime.devices import core
 from edge_runtime.errors import ConfigError, EdgeError, ExportError
 from edge_runtime.manifest import MODEL_NAME, Manifest, load_manifest
 from edge_runtime.paged_graph import first_line
@@ -53,13 +58,15 @@ class ExportReport:
         output: The model folder.
         manifest: Its edge_model.json.
         num_bytes: Of all its files.
-        verification: How it compares with its source.
+        verification: How it compares with its source; where neurons are skipped, with a source that skips them too.
+        sparsity: What skipping neurons does; None without `cats`.
     """
 
     output: Path
     manifest: Manifest
     num_bytes: int
     verification: Verification
+    sparsity: Sparsity | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +76,7 @@ class _Reference:
     token_ids: NDArray[np.int64]
     logits: NDArray[np.float32]
     num_parameters: int
+    sparsity: Sparsity | None = None
 
 
 def export_model(
@@ -80,6 +88,9 @@ def export_model(
     symmetric: bool = False,
     calibration_text: str | Path | None = None,
     calibration_method: str = "gptq",
+    mlp: str = "stock",
+    cats: float | None = None,
+    cats_method: str = "cats",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -91,8 +102,12 @@ def export_model(
         weights: `fp32`, `fp16`, `int8` or `int4`.
         group_size: Weights that share a scale, with int4; -1 for whole output channels.
         symmetric: No zero points in int8 and int4: somewhat less exact, but what NPUs run.
-        calibration_text: A text file like what the model will read; int4 weights are then fitted to it.
+        calibration_text: A text file like what the model will read; int4 weights are then fitted to it, and `cats`
+            finds its thresholds there.
         calibration_method: `gptq`, or `awq`, which is faster.
+        mlp: `stock`, or `fused` for gated MLPs as one op of ours each, with int8 or int4.
+        cats: Share of the MLPs' neurons to skip at each token, between 0 and 1; implies `fused`.
+        cats_method: `cats` for one threshold in each layer, `chess` for one for each neuron.
         overwrite: Replace a folder that exists.
         progress: Called as each stage begins.
 
@@ -100,13 +115,18 @@ def export_model(
         ConfigError: An option has a value that cannot be used, or the output exists.
         ExportError: The source cannot be converted, or the result differs from it.
         DownloadError: `source` is a hub id and the hub does not give it out.
+        ExtensionError: `fused` was asked for and ov_kernels is not compiled.
     """
     output = Path(output)
     form = WeightFormat(
         weights=weights, group_size=group_size, symmetric=symmetric, calibration_method=calibration_method
     )
-    if calibration_text and weights != "int4":
+    mlp_form = MlpFormat(mlp=mlp, cats=cats, cats_method=cats_method)
+    mlp_form.check(weights, group_size, calibration_text)
+    if calibration_text and weights != "int4" and cats is None:
         raise ConfigError(f"calibration_text was given with {weights} weights", "it serves int4: add --weights int4")
+    if mlp_form.is_fused:
+        ov_kernels.add_to(core(), required=True)
     check_output(output, overwrite=overwrite)
 
     def stage(name: str) -> AbstractContextManager[None]:
@@ -123,22 +143,27 @@ def export_model(
             tokenizer = save_tokenizer(origin, folder)
             _save_configs(origin, config, folder)
             windows = _calibration_windows(calibration_text, tokenizer, config)
+            mlp_form.check_text(windows)
         with stage("convert"):
             token_ids = verify.prompt_ids(tokenizer, _context_length(config))
-            model, reference = _convert(origin, weights, token_ids, folder / "work")
+            model, reference = _convert(origin, weights, token_ids, folder / "work", windows, mlp_form)
             verify.check_windows(model, config)
         with stage("compress"):
-            model = compress(model, form, windows)
+            model = compress(model, form, windows if weights == "int4" else ())
+            if mlp_form.is_fused:
+                fuse_mlps(model, reference.sparsity.thresholds if reference.sparsity else None)
             ov.save_model(model, folder / MODEL_NAME, compress_to_fp16=False)
             del model  # the runtime is about to load it again
-            manifest = _manifest(folder, origin, config, reference, form)
+            manifest = _manifest(folder, origin, config, reference, form, mlp_form)
             manifest.save(folder)
         with stage("verify"):
             verification = verify.verify_logits(folder, manifest, reference.token_ids, reference.logits)
         with stage("write"):
             shutil.rmtree(folder / "work", ignore_errors=True)
             num_bytes = sum(path.stat().st_size for path in folder.iterdir())
-    return ExportReport(output=output, manifest=manifest, num_bytes=num_bytes, verification=verification)
+    return ExportReport(
+        output=output, manifest=manifest, num_bytes=num_bytes, verification=verification, sparsity=reference.sparsity
+    )
 
 
 @contextlib.contextmanager
@@ -218,26 +243,46 @@ def _calibration_windows(text: str | Path | None, tokenizer: Tokenizer, config: 
     return calibration_windows(tokenizer.encode(content), _context_length(config))
 
 
-def _convert(source: Source, weights: str, token_ids: NDArray[np.int64], work: Path) -> tuple[ov.Model, _Reference]:
+def _convert(
+    source: Source,
+    weights: str,
+    token_ids: NDArray[np.int64],
+    work: Path,
+    windows: list[list[int]],
+    mlp_form: MlpFormat,
+) -> tuple[ov.Model, _Reference]:
     """Return the graph before compression, and what the source says to `token_ids`."""
     if source.onnx:
+        if mlp_form.cats is not None:
+            raise ExportError("cats needs the PyTorch model, an ONNX graph was given", "export the original folder")
         model = onnx_source.load(source)
-        count = onnx_source.num_parameters(source)
-        logits = onnx_source.reference_logits(model, token_ids)
+        reference = _Reference(
+            token_ids=token_ids,
+            logits=onnx_source.reference_logits(model, token_ids),
+            num_parameters=onnx_source.num_parameters(source),
+        )
         onnx_source.to_stateful(model)
     else:
         torch_source.check_supported(source)
         checkpoint = torch_source.load(source, weights)
-        count = torch_source.num_parameters(checkpoint)
-        logits = torch_source.reference_logits(checkpoint, token_ids)
+        reference = _Reference(
+            token_ids=token_ids,
+            logits=torch_source.reference_logits(checkpoint, token_ids),
+            num_parameters=torch_source.num_parameters(checkpoint),
+        )
+        if mlp_form.cats is not None:
+            sparsity, logits = sparsify(checkpoint, windows, mlp_form, token_ids, reference.logits)
+            reference = dataclasses.replace(reference, logits=logits, sparsity=sparsity)
         model = torch_source.to_ir(checkpoint, work, weights)
     if model.has_rt_info("runtime_options"):
         # optimum writes KV_CACHE_PRECISION=f16 here, which would override the plugin's and the user's choice.
         del model.get_rt_info()["runtime_options"]
-    return model, _Reference(token_ids=token_ids, logits=logits, num_parameters=count)
+    return model, reference
 
 
-def _manifest(folder: Path, source: Source, config: Any, reference: _Reference, form: WeightFormat) -> Manifest:
+def _manifest(
+    folder: Path, source: Source, config: Any, reference: _Reference, form: WeightFormat, mlp_form: MlpFormat
+) -> Manifest:
     """Say what the runtime must know: tokens that end an answer as it reads them itself, and what only we know."""
     return dataclasses.replace(
         load_manifest(folder),
@@ -247,5 +292,6 @@ def _manifest(folder: Path, source: Source, config: Any, reference: _Reference, 
         group_size=form.group_size if form.weights == "int4" else None,
         num_parameters=reference.num_parameters,
         source=source.name,
+        mlp=mlp_form.facts,
         versions={"edge-runtime": edge_runtime.__version__, **{name: version(name) for name in _MADE_WITH}},
     )

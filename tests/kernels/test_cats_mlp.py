@@ -1,7 +1,7 @@
 """The op CatsMlp through OpenVINO's CPU plugin: the reference against numpy, every instruction set against the same.
 
-numpy computes from the blob's own quantised values in f64, so what is left is the kernels' arithmetic: none but rounding
-of f32 sums in `exact`, 16-bit activations in decoding, 8-bit ones in prefill.
+numpy computes from the blob's own quantised values in f64, so what is left is the kernels' arithmetic: rounding of f32
+sums in `exact`, else 16-bit activations for one or two tokens and 8-bit ones for more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ EXACT = 1e-5
 DECODE, PREFILL = 1e-4, 2e-2
 """Bounds on rms error / rms y: 16-bit activations; 8-bit activations and hidden values."""
 ISAS = ("ref", "avx2", "avx2vnni", "avx512")
-SHAPES = {"i8": [(128, 256), (72, 50), (4, 3), (300, 1000)], "u4": [(128, 128), (384, 640)], "bf16": [(128, 256), (72, 50)]}
+SHAPES = {
+    "i8": [(128, 256), (72, 50), (4, 3), (300, 1000)],
+    "u4": [(128, 128), (384, 640)],
+    "bf16": [(128, 256), (72, 50)],
+}
 DENSE, DEAD = -1.0, np.inf
 
 

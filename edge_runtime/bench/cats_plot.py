@@ -1,0 +1,50 @@
+"""The figure of `edge-run bench cats`: time by sparsity, a line for each number of rows. Extra: bench."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+Rows = list[dict[str, Any]]
+
+
+def save_plot(rows: Rows, path: Path) -> None:
+    """Draw the rows of a report into a file, whole or not at all.
+
+    Args:
+        rows: `CatsBench.rows()`.
+        path: Checked by `bench.plot.check_plot`.
+    """
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(row["weights"] for row in rows))
+    figure = Figure(figsize=(1 + 5 * len(kinds), 4.8), layout="constrained")
+    for axes, weights in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        _draw(axes, [row for row in rows if row["weights"] == weights])
+        axes.set_title(weights)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
+    os.replace(temporary, path)
+
+
+def _draw(axes: Any, rows: Rows) -> None:
+    """Speed against our dense op, so that all numbers of rows share one scale."""
+    for index, count in enumerate(dict.fromkeys(row["rows"] for row in rows)):
+        group = [row for row in rows if row["rows"] == count]
+        dense = next(row["ms"] for row in group if row["impl"] == "dense")
+        ours = [row for row in group if row["impl"] != "openvino"]
+        shares, speeds = [row["sparsity"] for row in ours], [dense / row["ms"] for row in ours]
+        name = f"{count} row" if count == 1 else f"{count} rows"
+        axes.plot(shares, speeds, "o-", color=f"C{index}", label=name)
+        stock = next(row for row in group if row["impl"] == "openvino")
+        axes.plot([0], [dense / stock["ms"]], "x", color=f"C{index}", markersize=9)
+    one = [row for row in rows if row["impl"] != "openvino" and row["rows"] == 1]
+    if one:
+        read = one[0]["bytes_touched"]
+        bound = [read / row["bytes_touched"] for row in one]
+        axes.plot([row["sparsity"] for row in one], bound, "k:", label="bytes read, 1 row")
+    axes.plot([], [], "x", color="gray", label="OpenVINO's own ops")
+    axes.set_xlabel("dead activations")
+    axes.set_ylabel("speed / our op without thresholds")
+    axes.legend(frameon=False)

@@ -1,0 +1,66 @@
+"""`edge-run bench cats`: the report, what it counts, and its checks before anything is measured."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.kernels
+
+SMALL = ("--hidden", 256, "--ffn", 512, "--rounds", 1)
+META = 3
+"""Bytes of scale and zero point of a group."""
+
+
+@pytest.fixture
+def bench(edge_run):
+    """Return a function that measures a small MLP."""
+    return lambda *flags: edge_run("bench", "cats", *SMALL, *flags)
+
+
+def test_json_has_a_row_for_each_cell(bench):
+    done = bench("--json", "--rows", 1, "--rows", 9, "--sparsity", 0.5)
+    assert (done.code, done.err) == (0, "")
+    rows = json.loads(done.out)["rows"]
+    cells = [(row["impl"], row["weights"], row["rows"], row["sparsity"]) for row in rows]
+    kinds = [("openvino", 0.0), ("dense", 0.0), ("cats", 0.5)]
+    assert cells == [(i, w, n, s) for w in ("int8", "int4") for n in (1, 9) for i, s in kinds]
+    for row in rows:
+        assert 0 < row["ms_p10"] <= row["ms"] <= row["ms_p90"]
+        assert row["roofline_ms"] > 0
+
+
+@pytest.mark.parametrize(("weights", "row_bytes", "groups"), [("int8", 256, 1), ("int4", 128, 2)])
+def test_bytes_are_those_of_the_rows_that_were_read(bench, weights, row_bytes, groups):
+    """A kernel that skips nothing would be told by its bytes, not only by its time."""
+    rows = json.loads(bench("--json", "--weights", weights, "--rows", 1, "--sparsity", 0.9).out)["rows"]
+    read = {row["impl"]: row["bytes_touched"] for row in rows}
+    down = 3 * 256 * 512 // 128 if weights == "int4" else 0
+    row = row_bytes + META * groups
+    assert read["dense"] == 512 * (2 * row + row_bytes) + down
+    live = (read["cats"] - 512 * row - down) / (row + row_bytes)
+    assert live == int(live)
+    assert 0.02 < live / 512 < 0.25
+
+
+def test_table_and_plot(bench, tmp_path):
+    done = bench("--rows", 1, "--plot", tmp_path / "cats.png")
+    assert done.code == 0
+    assert "of roofline" in done.out
+    assert (tmp_path / "cats.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--hidden", 100), "hidden is 100, expected a multiple of 128"),
+        (("--weights", "int3"), "weights is 'int3', expected int8 or int4"),
+        (("--sparsity", 1.5), "sparsity is (1.5,), expected shares between 0 and 1"),
+        (("--rows", 0), "expected numbers of at least 1"),
+        (("--plot", "cats.txt"), "expected a name that ends in"),
+    ],
+)
+def test_bad_options_are_one_line(bench, flags, says):
+    done = bench(*flags)
+    assert done.code != 0
+    assert says in done.err
+    assert "Traceback" not in done.err
