@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.errors import ConfigError, ExtensionError
+from edge_runtime.bench.settings import CatsSettings
+from edge_runtime.errors import ExtensionError
 
-WEIGHTS = ("int8", "int4")
 CALIBRATION_TOKENS = 64
 WARM_UP = 2
 MANY_ROWS = 64
@@ -35,38 +35,6 @@ MAX_DECODE_ROWS = 8
 """Rows up to which the op skips rows of weights; more read all."""
 
 Run = Callable[[NDArray[np.float32]], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CatsSettings:
-    """What to measure.
-
-    Attributes:
-        hidden: H, the MLP's inputs and outputs.
-        ffn: F, its neurons.
-        weights: Of WEIGHTS.
-        rows: Tokens of a step.
-        sparsity: Shares of dead activations.
-        rounds: Runs of each variant that count.
-    """
-
-    hidden: int = 4096
-    ffn: int = 14336
-    weights: tuple[str, ...] = WEIGHTS
-    rows: tuple[int, ...] = (1, 2, 4, 5, 8, 256)
-    sparsity: tuple[float, ...] = (0.25, 0.5, 0.7, 0.9)
-    rounds: int = 15
-
-    def __post_init__(self) -> None:
-        for name, value, least in (("hidden", self.hidden, 128), ("ffn", self.ffn, 128)):
-            if value < least or value % 128:
-                raise ConfigError(f"{name} is {value}, expected a multiple of 128")
-        if unknown := set(self.weights) - set(WEIGHTS):
-            raise ConfigError(f"weights is {min(unknown)!r}, expected {' or '.join(WEIGHTS)}")
-        if not self.rows or min(self.rows) < 1 or self.rounds < 1:
-            raise ConfigError(f"rows is {self.rows} and rounds {self.rounds}, expected numbers of at least 1")
-        if any(not 0 < share < 1 for share in self.sparsity):
-            raise ConfigError(f"sparsity is {self.sparsity}, expected shares between 0 and 1")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What `edge-run bench draft` can be told, and the defaults."""
+"""What `edge-run bench draft` and `bench cats` can be told, and the defaults."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from edge_runtime.config import GenerationConfig
 from edge_runtime.errors import ConfigError
+
+MLP_WEIGHTS = ("int8", "int4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +38,35 @@ class DraftSettings:
     def request(self, **options: Any) -> GenerationConfig:
         """Return the options of one answer."""
         return GenerationConfig(max_new_tokens=self.max_new_tokens, temperature=self.temperature, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatsSettings:
+    """What to measure.
+
+    Attributes:
+        hidden: H, the MLP's inputs and outputs.
+        ffn: F, its neurons.
+        weights: Of MLP_WEIGHTS.
+        rows: Tokens of a step.
+        sparsity: Shares of dead activations.
+        rounds: Runs of each variant that count.
+    """
+
+    hidden: int = 4096
+    ffn: int = 14336
+    weights: tuple[str, ...] = MLP_WEIGHTS
+    rows: tuple[int, ...] = (1, 2, 4, 5, 8, 256)
+    sparsity: tuple[float, ...] = (0.25, 0.5, 0.7, 0.9)
+    rounds: int = 15
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("hidden", self.hidden, 128), ("ffn", self.ffn, 128)):
+            if value < least or value % 128:
+                raise ConfigError(f"{name} is {value}, expected a multiple of 128")
+        if unknown := set(self.weights) - set(MLP_WEIGHTS):
+            raise ConfigError(f"weights is {min(unknown)!r}, expected {' or '.join(MLP_WEIGHTS)}")
+        if not self.rows or min(self.rows) < 1 or self.rounds < 1:
+            raise ConfigError(f"rows is {self.rows} and rounds {self.rounds}, expected numbers of at least 1")
+        if any(not 0 < share < 1 for share in self.sparsity):
+            raise ConfigError(f"sparsity is {self.sparsity}, expected shares between 0 and 1")

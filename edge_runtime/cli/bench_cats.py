@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edge_runtime.bench.cats import CatsBench, CatsSettings
+from edge_runtime.bench.settings import CatsSettings
 from edge_runtime.cli import INTERRUPTED, console
+
+if TYPE_CHECKING:
+    from edge_runtime.bench.cats import CatsBench
 
 _LEGEND = """
 dead        share of activations that thresholds drop; openvino and dense have none
@@ -35,6 +38,7 @@ def bench_cats(
 ) -> None:
     """Measure one gated MLP in OpenVINO's own ops, in our op without thresholds, and with shares of dead neurons, in
     turns."""
+    from edge_runtime.bench.cats import CatsBench
     from edge_runtime.bench.cats_plot import save_plot
     from edge_runtime.bench.plot import check_plot
     from edge_runtime.devices import describe_devices

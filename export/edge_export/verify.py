@@ -140,7 +140,7 @@ def _is_zero(node: ov.Node) -> bool:
 
 
 def _run(folder: Path, manifest: Manifest, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    model = PagedModel(folder, manifest, "CPU", LoadConfig(precision="f32"))
+    model = PagedModel(folder, manifest, "CPU", LoadConfig(precision="f32", mlp="fused"))
     return np.stack([_logits(model, row.tolist()) for row in token_ids])
 
 

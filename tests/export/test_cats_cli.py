@@ -18,7 +18,7 @@ from tests.tiny_models import SENTENCES, make_hf_model
 
 kernels = pytest.mark.kernels
 INT8_ERROR = 0.15
-"""rms(Δ) / σ: random weights in int8, activations in 8 bits, neurons on the other side of a threshold."""
+"""rms(Δ) / σ: random weights in int8, and neurons that fall on the other side of a threshold for it."""
 
 
 @pytest.fixture

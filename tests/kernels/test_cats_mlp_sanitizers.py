@@ -1,0 +1,72 @@
+"""CatsMlp's kernels under address and undefined-behaviour sanitizers, on random shapes, blobs and odd addresses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.kernels
+
+SOURCES = Path(__file__).resolve().parents[2] / "ov_kernels" / "src"
+DRIVER = Path(__file__).parent / "cpp" / "fuzz_cats_mlp.cpp"
+SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+COMMON = ("-std=c++17", "-Wall", "-Wextra", f"-I{SOURCES}", "-ffp-contract=off", "-DEMULATE_AVX_VNNI")
+VECTORS = ("-mavx2", "-mfma", "-mf16c", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+UNITS = {
+    "cats_mlp/cats_mlp_layout.cpp": (),
+    "cats_mlp/cats_mlp_ref.cpp": (),
+    "cpu/cpu_features.cpp": (),
+    "cats_mlp/cats_mlp_avx2.cpp": VECTORS,
+    "cats_mlp/cats_mlp_avx2vnni.cpp": VECTORS,
+    "cats_mlp/cats_mlp_avx512.cpp": (*VECTORS, *AVX512),
+}
+
+
+@pytest.fixture(scope="module")
+def compiler() -> str:
+    found = shutil.which(os.environ.get("CXX", "g++"))
+    if found is None:
+        pytest.skip("there is no C++ compiler")
+    return found
+
+
+@pytest.fixture(scope="module")
+def objects(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The op's units, each compiled with the sanitizers."""
+    folder = tmp_path_factory.mktemp("objects")
+    made = {unit: folder / (Path(unit).stem + ".o") for unit in UNITS}
+    calls = [
+        [compiler, *COMMON, *SANITIZERS, *flags, "-c", str(SOURCES / unit), "-o", str(made[unit])]
+        for unit, flags in UNITS.items()
+    ]
+    running = [subprocess.Popen(call, stderr=subprocess.PIPE, text=True) for call in calls]
+    for process in running:
+        _, said = process.communicate()
+        assert (process.returncode, said) == (0, "")
+    return made
+
+
+def test_sanitizers_find_nothing(compiler: str, objects: dict[str, Path], tmp_path: Path) -> None:
+    program = tmp_path / "fuzz"
+    link = [compiler, *COMMON, *SANITIZERS, str(DRIVER), *map(str, objects.values()), "-o", str(program)]
+    subprocess.run(link, check=True)
+    done = subprocess.run([str(program), "1", "60"], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_units_of_one_instruction_set_share_no_code(compiler: str, tmp_path: Path) -> None:
+    """A function that two units share could be taken from the one that this CPU cannot run."""
+    if shutil.which("nm") is None:
+        pytest.skip("there is no nm")
+    for unit, flags in UNITS.items():
+        if flags:
+            made = tmp_path / "unit.o"
+            subprocess.run([compiler, *COMMON, *flags, "-O1", "-c", str(SOURCES / unit), "-o", str(made)], check=True)
+            listed = subprocess.run(["nm", "-Cg", "--defined-only", made], check=True, capture_output=True, text=True)
+            names = [line.split(maxsplit=2)[2] for line in listed.stdout.splitlines()]
+            assert names == [f"edge::cats_mlp::kernels_{Path(unit).stem.removeprefix('cats_mlp_')}"]
