@@ -18,7 +18,9 @@ FILE holds a JSON object a line: {"prompt": ..., "category": "code" or "text" or
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -41,6 +43,7 @@ from edge_runtime import EdgeLLM
 from edge_runtime.bench.draft import DraftBench
 from edge_runtime.bench.prompts import Prompt, read_prompts
 from edge_runtime.bench.settings import DraftSettings
+from edge_runtime.demo import demo_target
 from edge_runtime.tokenizer import Tokenizer
 
 BLOCKS = (3, 5)
@@ -236,6 +239,14 @@ def checks_of(rows: dict[str, dict[str, Any]], predicted: dict[str, dict[str, An
     return checks
 
 
+def with_peer_tokenizer(folder: Path, copy: Path) -> Path:
+    """Return a folder with the peer's tokenizer files: of the package's own models a copy, they stay as they are."""
+    if folder.resolve().parent == demo_target().parent:
+        folder = Path(shutil.copytree(folder, copy))
+    add_peer_tokenizer(folder)
+    return folder
+
+
 def main() -> int:
     arguments = _arguments()
     settings = Settings(
@@ -246,9 +257,10 @@ def main() -> int:
         arguments.tokens,
         arguments.precision,
     )
-    for folder in (settings.target, settings.draft):
-        add_peer_tokenizer(folder)
-    answers, predictions = in_fresh_processes(settings, arguments.rounds)
+    with tempfile.TemporaryDirectory() as temporary:
+        pair = [with_peer_tokenizer(f, Path(temporary) / f.name) for f in (settings.target, settings.draft)]
+        settings = settings._replace(target=pair[0], draft=pair[1])
+        answers, predictions = in_fresh_processes(settings, arguments.rounds)
     made = grouped(answers, lambda one: f"{one.category} {one.temperature:g}")
     rows = {name: summary(group) for name, group in made.items()}
     made = grouped(predictions, lambda row: "{category} {temperature:g} K={num_draft_tokens}".format(**row))
@@ -259,7 +271,7 @@ def main() -> int:
     result = {
         **rows,
         "prediction": predicted,
-        "plain roofline, tokens/s": read_bandwidth() / (settings.target / "openvino_model.bin").stat().st_size,
+        "plain roofline, tokens/s": read_bandwidth() / (arguments.target / "openvino_model.bin").stat().st_size,
         "setting": {"precision": settings.precision, "tokens": settings.tokens, "rounds": arguments.rounds},
         "machine": machine(),
     }

@@ -4,13 +4,14 @@
 
 Books and stories are public-domain and CDLA-Sharing texts, the code is the running Python's own standard library;
 edge_runtime/demo/README.md names them and says what came out. Everything is resumable: run the same command again.
-WORK/target-int8 and WORK/draft/openvino are what the package carries; WORK/prompts.jsonl has beginnings of windows that
-neither was trained on, for `edge-run bench draft`.
+WORK/target-int8 and WORK/aligned/openvino are what the package carries: the draft is aligned twice, on other answers.
+WORK/prompts.jsonl has beginnings of windows that neither was trained on, for `edge-run bench draft`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -185,7 +186,9 @@ def main() -> int:
         batch_size=4,
         loss="kl",
     )
-    train_draft(recipe, arguments.output / "draft", show_draft)
+    draft = train_draft(recipe, arguments.output / "draft", show_draft)
+    again = dataclasses.replace(recipe, start=draft, stages=("align",), seed=1)
+    train_draft(again, arguments.output / "aligned", show_draft)
     return 0
 
 

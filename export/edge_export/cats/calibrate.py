@@ -130,6 +130,26 @@ def realised_sparsity(
     return tuple(float(np.mean(shares)) for shares in dead)
 
 
+def union_density(
+    model: torch.nn.Module, windows: Sequence[Sequence[int]], thresholds: Sequence[NDArray[np.float32]], rows: int
+) -> float:
+    """Return the mean share of neurons that at least one of `rows` consecutive tokens wakes: what a block reads."""
+    import torch
+
+    limits, shares = [torch.from_numpy(layer) for layer in thresholds], []
+
+    def count(layer: int, activated: torch.Tensor) -> torch.Tensor:
+        is_dead = activated.abs() <= limits[layer]
+        whole = is_dead.shape[-2] // rows * rows
+        blocks = is_dead[..., :whole, :].unflatten(-2, (-1, rows))
+        shares.append(1 - float(blocks.all(-2).float().mean()))
+        return activated.masked_fill(is_dead, 0)
+
+    with _observed([mlp.activation for mlp in _gated_mlps(model)], count):
+        _read(model, windows)
+    return float(np.mean(shares))
+
+
 @contextlib.contextmanager
 def masked(model: torch.nn.Module, thresholds: Sequence[NDArray[np.float32]]) -> Iterator[list[list[float]]]:
     """Let neurons at or below their thresholds be dead in a model inside a `with` block.
