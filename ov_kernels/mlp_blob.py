@@ -74,13 +74,16 @@ def pack(mlp: GatedMlp) -> NDArray[np.uint8]:
     """Return the blob of an MLP.
 
     Raises:
-        ValueError: The matrices' formats differ, or 4-bit sizes are no multiples of 128.
+        ValueError: The matrices' formats differ, 4-bit sizes are no multiples of 128, or a scale or a bf16 weight is
+            not finite.
     """
     form, (ffn, hidden) = mlp.gate.format, mlp.gate.values.shape
     if {mlp.up.format, mlp.down.format} != {form}:
         raise ValueError(f"formats are {form}, {mlp.up.format} and {mlp.down.format}, expected the same")
     if form == "u4" and (ffn % BLOCK or hidden % BLOCK):
         raise ValueError(f"sizes are {hidden} and {ffn}, expected multiples of {BLOCK} for 4 bits")
+    if not all(map(_is_finite, (mlp.gate, mlp.up, mlp.down))):
+        raise ValueError("a scale or weight is infinite or NaN, expected finite numbers")
     padding = np.zeros((ffn, RECORD_PADDING), np.uint8)
     records = np.concatenate([_rows(mlp.up.values), _rows(mlp.down.values.T), padding], 1)
     sections = [_rows(mlp.gate.values), records]
@@ -137,6 +140,13 @@ def _header(mlp: GatedMlp, hidden: int, ffn: int, size: int) -> bytes:
     form, activation = FORMATS.index(mlp.gate.format), ACTIVATIONS.index(mlp.activation)
     fields = HEADER.pack(MAGIC, VERSION, form, activation, hidden, ffn, 0, ALIGNMENT + size)
     return fields + struct.pack("<I", zlib.crc32(fields))
+
+
+def _is_finite(matrix: Matrix) -> bool:
+    """Tell whether all weights are numbers: 0 times an infinite one, of a dead neuron, would not be 0."""
+    if matrix.scale is not None:
+        return bool(np.isfinite(matrix.scale).all())
+    return bool(((matrix.values & 0x7F80) != 0x7F80).all())
 
 
 def _padded(values: NDArray[Any]) -> NDArray[Any]:

@@ -183,9 +183,12 @@ class _Run:
 
     def __init__(self, model: Any, windows: Windows, out: Path, config: TrainConfig, loss: Loss) -> None:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import set_seed
 
         processes()
+        # accelerate keeps the first precision of a process; a later training may ask for another.
+        AcceleratorState._reset_state()
         self._accelerator: Accelerator = Accelerator(mixed_precision=config.precision)
         share, rest = divmod(config.batch_size, self._accelerator.num_processes)
         if rest:

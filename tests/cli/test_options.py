@@ -38,6 +38,7 @@ LOAD = {
     "context_length": (["100"], 100),
     "activation_group_size": (["64"], 64),
     "npu_step_tokens": (["8"], 8),
+    "mlp": (["stock"], "stock"),
     "cache_dir": (["cache"], "cache"),
 }
 FIELDS = {**GENERATION, **LOAD}

@@ -104,3 +104,10 @@ def test_the_rate_rises_and_ends_at_zero():
 
 def test_equal_windows_have_equal_hashes_whatever_their_type():
     assert window_hash(WINDOWS[0]) == window_hash(WINDOWS[0].astype(np.int64))
+
+
+def test_one_process_may_train_in_one_precision_after_another(model, tmp_path):
+    """accelerate keeps the first: on a processor with bf16 a second training in f32 was refused."""
+    for precision in ("bf16", "no"):
+        config = TrainConfig(batch_size=4, checkpoint_s=0.0, precision=precision)
+        train(model, WINDOWS[:8], tmp_path / precision, config)

@@ -61,6 +61,7 @@ BAD_LOAD = {
     "prefill_chunk_size": [0, 1.5, None],
     "context_length": [0, 1, 2.5, "64", True],
     "npu_step_tokens": [0, 9, 136, 1.5, "8", True],  # NPUW would round 9 up: it would cost what 16 cost
+    "mlp": [None, "dense", 1],
     "cache_dir": [5, True],
 }
 GOOD_LOAD = {
@@ -73,6 +74,7 @@ GOOD_LOAD = {
     "prefill_chunk_size": [1, 4096],
     "context_length": [None, 2, 131072],
     "npu_step_tokens": [None, 1, 8, 72],
+    "mlp": ["auto", "fused", "stock"],
     "cache_dir": [None, "folder", Path("folder")],
 }
 

@@ -1,8 +1,6 @@
-// The integer dot products of decode.inl and prefill.inl on 256 bits without VNNI.
+// The integer dot products of kernels.inl on 256 bits without VNNI.
 
-inline I i_dot16(I sum, I x, I y) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(x, y));
-}
+inline I i_dot16(I sum, I x, I y) { return _mm256_add_epi32(sum, _mm256_madd_epi16(x, y)); }
 
 // vpmaddubsw saturates where both factors use all their bits, so the unsigned one goes in two halves of 4 bits.
 inline I i_dot8(I sum, I u, I s) {

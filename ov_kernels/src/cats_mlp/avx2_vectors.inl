@@ -1,4 +1,4 @@
-// The vector operations of decode.inl on 256 bits, but for the integer dot products, which differ with and without VNNI.
+// The vector operations of kernels.inl on 256 bits, but for the integer dot products, which differ with and without VNNI.
 
 using F = __m256;
 using I = __m256i;
@@ -6,13 +6,9 @@ constexpr std::size_t lanes = 8;
 constexpr std::size_t down_tokens = 2;
 constexpr int tile_vectors = 2;
 
-constexpr int tile_rows(int tokens) {
-    return tokens == 1 ? 4 : tokens <= 3 ? 2 : 1;
-}
+constexpr int tile_rows(int tokens) { return tokens == 1 ? 4 : tokens <= 3 ? 2 : 1; }
 
-constexpr std::size_t sums_stride_of(std::size_t columns) {
-    return columns + 16;
-}
+constexpr std::size_t sums_stride_of(std::size_t columns) { return columns + 16; }
 
 inline I first_lanes(std::size_t count) {
     const I index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -74,9 +70,7 @@ inline F f_from_f16(const void* p, std::size_t count) {
     return _mm256_cvtph_ps(count == lanes ? _mm_loadu_si128(static_cast<const __m128i*>(p)) : first_bytes(p, count, 2));
 }
 
-inline float f_one_f16(const void* p) {
-    return _mm_cvtss_f32(_mm_cvtph_ps(first_bytes(p, 1, 2)));
-}
+inline float f_one_f16(const void* p) { return _mm_cvtss_f32(_mm_cvtph_ps(first_bytes(p, 1, 2))); }
 
 inline F f_from_bf16(const void* p) {
     const I wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
@@ -93,9 +87,7 @@ inline I i_zero() { return _mm256_setzero_si256(); }
 inline I i_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline I i_set_word(const void* p) { return _mm256_broadcastd_epi32(_mm_loadu_si32(p)); }
 
-inline I i_16_from_i8(const void* p) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
-}
+inline I i_16_from_i8(const void* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
 
 inline void i_16_from_u4(const void* p, I& low, I& high) {
     const I pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));

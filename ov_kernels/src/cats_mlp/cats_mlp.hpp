@@ -17,15 +17,17 @@
 //   records    [F][2 * row_bytes + 64]   neuron j: its row of Wup^T, its row of Wdown, zeros
 //   gate scale f16 [F][groups], gate zero i8 [F][groups]; the same for up
 //   down scale f16 [down_groups][columns], down zero i8 [down_groups][columns]
-// A weight is scale * (q - zero). Formats of q:
+// A weight is scale * (q - zero), and finite: a neuron that is dead for one token and alive for another is multiplied by 0.
+// Formats of q:
 //   i8    one byte, signed. groups = 1; down_groups = 1: one scale for each column
 //   u4    columns in blocks of 128: byte i of a block holds column i in its low and column i + 64 in its high half.
 //         groups = columns / 128; down_groups = F / 128: neurons in groups of 128; H and F are multiples of 128
 //   bf16  two bytes; no scales, no zeros
 //
-// Activations: `exact` computes in f32 throughout, as bf16 does. Else one or two tokens enter the dot products as 16-bit
-// integers, one scale for each 128 (relative error about 3e-5), more tokens those with gate and up as 8-bit integers,
-// and more than 8 tokens all of them (about 1e-2, the class of OpenVINO's own dynamic quantisation).
+// Activations: `exact` computes in f32 throughout, as bf16 does (max error / max y below 1e-5). Else tokens enter the dot
+// products as integers, one scale for each 128 columns, and a * (x Wup) too, one for each batch of neurons: of 16 bits for
+// one or two tokens, with AVX2 alone for up to 8 (rms error / rms y below 1e-4), and of 8 bits for more (below 2e-2, the
+// class of OpenVINO's own dynamic quantisation). tests/kernels/test_cats_mlp.py holds these bounds.
 //
 // This header is included by every translation unit of the op and names nothing from OpenVINO or the STL.
 
@@ -40,7 +42,7 @@ namespace cats_mlp {
 enum class Format : std::uint32_t { i8 = 0, u4 = 1, bf16 = 2 };
 enum class Activation : std::uint32_t { silu = 0, gelu_tanh = 1, gelu_erf = 2 };
 
-constexpr std::size_t block = 128;        // columns or neurons that share a scale
+constexpr std::size_t block = 128;  // columns or neurons that share a scale
 constexpr std::size_t max_columns = 32768;
 constexpr std::size_t max_decode_rows = 8;
 constexpr std::size_t max_prefill_rows = 256;
@@ -118,8 +120,8 @@ struct Kernels {
 
     // Prefill, first half: the hidden activations of neurons [first, first + 128), `first` a multiple of 128.
     // `scratch` holds prefill_scratch() floats.
-    void (*prefill_hidden)(const Weights& weights, const Thresholds& thresholds, const Tokens& tokens, std::size_t first,
-                           Hidden& hidden, float* scratch);
+    void (*prefill_hidden)(const Weights& weights, const Thresholds& thresholds, const Tokens& tokens,
+                           std::size_t first, Hidden& hidden, float* scratch);
 
     // Prefill, second half: y[rows][begin..begin + 128), as far as H reaches. Same scratch.
     void (*prefill_output)(const Weights& weights, const Hidden& hidden, std::size_t rows, std::size_t begin, float* y,

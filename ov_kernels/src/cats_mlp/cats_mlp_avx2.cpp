@@ -16,11 +16,7 @@ namespace {
 //
 #include "cats_mlp/avx2_dots.inl"
 //
-#include "cats_mlp/interleave.inl"
-//
-#include "cats_mlp/decode.inl"
-//
-#include "cats_mlp/prefill.inl"
+#include "cats_mlp/kernels.inl"
 
 }  // namespace
 

@@ -16,21 +16,12 @@ namespace {
 #ifdef EMULATE_AVX_VNNI  // for tests on machines without it
 #    include "cats_mlp/avx2_dots.inl"
 #else
-inline I i_dot16(I sum, I x, I y) {
-    return _mm256_dpwssd_avx_epi32(sum, x, y);
-}
+inline I i_dot16(I sum, I x, I y) { return _mm256_dpwssd_avx_epi32(sum, x, y); }
 
-inline I i_dot8(I sum, I u, I s) {
-    return _mm256_dpbusd_avx_epi32(sum, u, s);
-}
+inline I i_dot8(I sum, I u, I s) { return _mm256_dpbusd_avx_epi32(sum, u, s); }
 #endif
 
-// Each needs the one before.
-#include "cats_mlp/interleave.inl"
-//
-#include "cats_mlp/decode.inl"
-//
-#include "cats_mlp/prefill.inl"
+#include "cats_mlp/kernels.inl"
 
 }  // namespace
 

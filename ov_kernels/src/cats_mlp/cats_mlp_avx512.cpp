@@ -17,17 +17,11 @@ constexpr std::size_t lanes = 16;
 constexpr std::size_t down_tokens = 5;
 constexpr int tile_vectors = 4;
 
-constexpr int tile_rows(int tokens) {
-    return tokens <= 2 ? 4 : 2;
-}
+constexpr int tile_rows(int tokens) { return tokens <= 2 ? 4 : 2; }
 
-constexpr std::size_t sums_stride_of(std::size_t columns) {
-    return columns + 16;
-}
+constexpr std::size_t sums_stride_of(std::size_t columns) { return columns + 16; }
 
-inline __mmask16 first_lanes(std::size_t count) {
-    return static_cast<__mmask16>((1u << count) - 1);
-}
+inline __mmask16 first_lanes(std::size_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 
 inline F f_set(float x) { return _mm512_set1_ps(x); }
 inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
@@ -64,9 +58,7 @@ inline F f_from_f16(const void* p, std::size_t count) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), p));
 }
 
-inline float f_one_f16(const void* p) {
-    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_maskz_loadu_epi16(1, p)));
-}
+inline float f_one_f16(const void* p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_maskz_loadu_epi16(1, p))); }
 
 inline F f_from_bf16(const void* p) {
     const I wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
@@ -189,12 +181,8 @@ inline void transpose(const std::uint8_t* from, std::size_t from_stride, std::ui
         _mm512_storeu_si512(to + (12 + i) * to_stride, _mm512_shuffle_i32x4(b[4 + i], b[12 + i], 0xDD));
     }
 }
-// Each needs the one before.
-#include "cats_mlp/interleave.inl"
-//
-#include "cats_mlp/decode.inl"
-//
-#include "cats_mlp/prefill.inl"
+
+#include "cats_mlp/kernels.inl"
 
 }  // namespace
 

@@ -23,6 +23,7 @@ struct Header {
     std::uint32_t crc;  // CRC-32 of the 60 bytes before
 };
 static_assert(sizeof(Header) == 64, "the blob's header has 64 bytes");
+static_assert(sizeof(std::size_t) == 8, "the sizes that a header may state overflow 32 bits");
 
 constexpr char magic[9] = "EDGE-MLP";
 constexpr std::uint32_t version = 1;
@@ -39,9 +40,7 @@ std::uint32_t crc32(const std::uint8_t* data, std::size_t size) {
     return ~crc;
 }
 
-std::size_t round_up(std::size_t size, std::size_t step) {
-    return (size + step - 1) / step * step;
-}
+std::size_t round_up(std::size_t size, std::size_t step) { return (size + step - 1) / step * step; }
 
 const char* check(const Header& header, const std::uint8_t* blob, std::size_t size) {
     if (std::memcmp(header.magic, magic, 8) != 0) {
@@ -77,9 +76,7 @@ public:
         return reinterpret_cast<const T*>(section);
     }
 
-    std::size_t end() const {
-        return m_end;
-    }
+    std::size_t end() const { return m_end; }
 
 private:
     const std::uint8_t* m_blob;
@@ -124,17 +121,13 @@ const char* parse(const std::uint8_t* blob, std::size_t size, Weights& weights) 
     return nullptr;
 }
 
-std::size_t sums_stride(const Weights& weights) {
-    return weights.columns + 16;
-}
+std::size_t sums_stride(const Weights& weights) { return weights.columns + 16; }
 
 std::size_t decode_scratch(const Weights& weights, std::size_t rows, std::size_t neurons) {
     return (rows + 1) * round_up(neurons, 16) + 16 + rows * weights.columns;
 }
 
-std::size_t prefill_scratch(std::size_t rows) {
-    return (2 * rows + 32) * block + 4 * max_columns / block * 64;
-}
+std::size_t prefill_scratch(std::size_t rows) { return 2 * rows * block; }
 
 }  // namespace cats_mlp
 }  // namespace edge

@@ -26,9 +26,7 @@ constexpr std::size_t least_range = 256;
 
 std::atomic<std::uint64_t> bytes_read{0};
 
-std::size_t ceil_div(std::size_t size, std::size_t step) {
-    return (size + step - 1) / step;
-}
+std::size_t ceil_div(std::size_t size, std::size_t step) { return (size + step - 1) / step; }
 
 // Memory that is taken for one call and given back. Fresh pages in every call would cost as much as a small layer;
 // memory of a thread would break where a thread that waits runs another stream's op in between.
@@ -96,9 +94,7 @@ void share_out(std::size_t tasks, std::size_t threads, const Work& work) {
     });
 }
 
-std::size_t num_threads() {
-    return static_cast<std::size_t>(std::max(1, parallel_get_max_threads()));
-}
+std::size_t num_threads() { return static_cast<std::size_t>(std::max(1, parallel_get_max_threads())); }
 
 // Up to 8 tokens.
 void decode_rows(const Kernels& k, const Weights& w, const Thresholds& thresholds, const float* x, std::size_t rows,
@@ -159,10 +155,15 @@ void prefill_rows(const Kernels& k, const Weights& w, const Thresholds& threshol
     });
 }
 
-void run(const Weights& w, const Thresholds& thresholds, const float* x, std::size_t rows, bool exact, float* y) {
+const Kernels* chosen_kernels() {
     const Kernels* k = nullptr;
     OPENVINO_ASSERT(choose_kernels(k), "EDGE_KERNELS_ISA names instructions that this machine does not have, expected ",
                     "avx512, avx2vnni, avx2 or ref");
+    return k;
+}
+
+void run(const Weights& w, const Thresholds& thresholds, const float* x, std::size_t rows, bool exact, float* y) {
+    const Kernels* k = chosen_kernels();
     if (k == nullptr) {
         std::vector<float> hidden(w.ffn);
         reference(w, thresholds, x, rows, y, hidden.data());
@@ -198,6 +199,9 @@ public:
         check_type(0, ov::element::f32);
         check_type(1, ov::element::u8);
         check_type(2, ov::element::f32);
+        // All that can be wrong is found here: on one thread the plugin loses what evaluate() throws, and returns what
+        // the output held before.
+        chosen_kernels();
         const auto shape = get_input_partial_shape(0);
         if (const auto blob = constant(1)) {
             const Weights weights = parsed(blob->get_data_ptr<std::uint8_t>(), blob->get_byte_size());
@@ -216,16 +220,14 @@ public:
         return true;
     }
 
-    bool has_evaluate() const override {
-        return get_input_element_type(0) == ov::element::f32;
-    }
+    bool has_evaluate() const override { return get_input_element_type(0) == ov::element::f32; }
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         const Weights weights = parsed(inputs[1].data<const std::uint8_t>(), inputs[1].get_byte_size());
         const auto shape = inputs[0].get_shape();
         const Thresholds thresholds{inputs[2].data<const float>(), inputs[2].get_size()};
-        OPENVINO_ASSERT(!shape.empty() && shape.back() == weights.hidden,
-                        "CatsMlp got an input of shape ", shape, ", expected a last axis of ", weights.hidden);
+        OPENVINO_ASSERT(!shape.empty() && shape.back() == weights.hidden, "CatsMlp got an input of shape ", shape,
+                        ", expected a last axis of ", weights.hidden);
         check_thresholds(thresholds.count, weights);
         outputs[0].set_shape(shape);
         run(weights, thresholds, inputs[0].data<const float>(), inputs[0].get_size() / weights.hidden, m_exact,
@@ -273,9 +275,7 @@ private:
 
 }  // namespace
 
-ov::Extension::Ptr make_cats_mlp_extension() {
-    return std::make_shared<ov::OpExtension<CatsMlp>>();
-}
+ov::Extension::Ptr make_cats_mlp_extension() { return std::make_shared<ov::OpExtension<CatsMlp>>(); }
 
 }  // namespace edge
 
@@ -286,9 +286,7 @@ ov::Extension::Ptr make_cats_mlp_extension() {
 #endif
 
 // For benchmarks: bytes of weights that CatsMlp read in decoding, since the library was loaded.
-extern "C" EDGE_EXPORT std::uint64_t edge_cats_mlp_bytes_read() {
-    return edge::bytes_read;
-}
+extern "C" EDGE_EXPORT std::uint64_t edge_cats_mlp_bytes_read() { return edge::bytes_read; }
 
 // For `edge-run devices` and tests: the instruction set that CatsMlp uses.
 extern "C" EDGE_EXPORT const char* edge_kernels_isa() {

@@ -6,6 +6,7 @@
 
 constexpr std::size_t width = tile_vectors * lanes;
 constexpr std::size_t fours = block / 4;
+constexpr std::size_t prefill_tokens = 6;
 
 // One block of a tile: bytes, and for each of its columns scale and zero as floats.
 struct Packed {
@@ -75,8 +76,7 @@ void pack_down(const Weights& w, std::size_t first, std::size_t begin, Packed& p
     const std::size_t entry = (W::is_grouped ? first / block : 0) * w.columns + begin;
     for (std::size_t n = 0; n < width; n += lanes) {
         f_store(packed.scale + n, f_from_f16(w.down_scale + entry + n, lanes));
-        f_store(packed.zero + n,
-                f_add(f_from_i8(w.down_zero + entry + n, lanes), f_set(W::shift)));
+        f_store(packed.zero + n, f_add(f_from_i8(w.down_zero + entry + n, lanes), f_set(W::shift)));
     }
 }
 

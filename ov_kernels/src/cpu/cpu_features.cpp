@@ -22,6 +22,10 @@ Registers cpuid(std::uint32_t leaf, std::uint32_t part) {
     Registers r{};
 #    if defined(_M_X64)
     int values[4];
+    __cpuid(values, 0);
+    if (static_cast<std::uint32_t>(values[0]) < leaf) {  // else it would answer for the last leaf that it has
+        return r;
+    }
     __cpuidex(values, static_cast<int>(leaf), static_cast<int>(part));
     r = {static_cast<std::uint32_t>(values[0]), static_cast<std::uint32_t>(values[1]),
          static_cast<std::uint32_t>(values[2]), static_cast<std::uint32_t>(values[3])};
@@ -42,9 +46,7 @@ std::uint64_t saved_registers() {
 #    endif
 }
 
-bool has(std::uint32_t word, int bit) {
-    return (word >> bit & 1u) != 0;
-}
+bool has(std::uint32_t word, int bit) { return (word >> bit & 1u) != 0; }
 
 }  // namespace
 
@@ -65,9 +67,7 @@ CpuFeatures cpu_features() {
 
 #else
 
-CpuFeatures cpu_features() {
-    return {};
-}
+CpuFeatures cpu_features() { return {}; }
 
 #endif
 

@@ -29,15 +29,10 @@ public:
 
     void validate_and_infer_types() override {
         const auto type = get_input_element_type(0);
-        NODE_VALIDATION_CHECK(this,
-                              type == ov::element::f32 || type.is_dynamic(),
-                              "Threshold got an input of type ",
-                              type,
-                              ", expected f32");
-        NODE_VALIDATION_CHECK(this,
-                              std::isfinite(m_threshold) && m_threshold >= 0.0f,
-                              "Threshold got the attribute threshold = ",
-                              m_threshold,
+        NODE_VALIDATION_CHECK(this, type == ov::element::f32 || type.is_dynamic(), "Threshold got an input of type ",
+                              type, ", expected f32");
+        NODE_VALIDATION_CHECK(this, std::isfinite(m_threshold) && m_threshold >= 0.0f,
+                              "Threshold got the attribute threshold = ", m_threshold,
                               ", expected a finite number of at least 0");
         set_output_type(0, ov::element::f32, get_input_partial_shape(0));
     }
@@ -52,9 +47,7 @@ public:
         return true;
     }
 
-    bool has_evaluate() const override {
-        return get_input_element_type(0) == ov::element::f32;
-    }
+    bool has_evaluate() const override { return get_input_element_type(0) == ov::element::f32; }
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         outputs[0].set_shape(inputs[0].get_shape());
@@ -74,8 +67,6 @@ private:
 
 }  // namespace
 
-ov::Extension::Ptr make_threshold_extension() {
-    return std::make_shared<ov::OpExtension<Threshold>>();
-}
+ov::Extension::Ptr make_threshold_extension() { return std::make_shared<ov::OpExtension<Threshold>>(); }
 
 }  // namespace edge
