@@ -64,6 +64,7 @@ class EdgeLLM:
             ModelFormatError: A folder is missing or damaged.
             ModelPairError: The vocabularies differ.
             DeviceError: A device is absent or refuses the model.
+            ExtensionError: A model has fused MLPs, and the compiled library of ov_kernels is not installed.
         """
         started = time.perf_counter()
         config = LoadConfig.from_options(device=device, **options)
@@ -79,6 +80,12 @@ class EdgeLLM:
             drafting.warm_up()  # its first run comes in the middle of an answer
             drafter = DraftModel(drafting, target.model.vocab_size)
         return cls(Engine(target, drafter), tokenizer.result(), manifest, time.perf_counter() - started)
+
+    @property
+    def mlp(self) -> str | None:
+        """In which form the target's fused MLPs run, and why; None where it has none."""
+        properties: dict[str, Any] = getattr(self.engine.target.model, "properties", {})
+        return properties.get("mlp")
 
     def warm_up(self) -> None:
         """Prepare the target's weights for its first run, where there is time between loading and the first request."""

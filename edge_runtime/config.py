@@ -66,7 +66,8 @@ class LoadConfig(_Options):
             multiple of 8; more are verified in several steps. Shapes are static there, so that a step costs what this
             many tokens cost. None for 8 with a draft and 1 without, where prompt lookup then gains nothing.
         mlp: For models exported with fused MLPs, on CPU: `fused` runs them as exported, `stock` in OpenVINO's own ops,
-            which skip no neuron; `auto` times one layer of the model in both and takes the faster form.
+            which skip no neuron; `auto` times the first layer in both while it loads, and takes `stock` only where that
+            is clearly faster. Other devices have no kernel for them and run `stock`, with a logged warning.
         cache_dir: Where compiled models are kept between runs; None for nowhere.
     """
 

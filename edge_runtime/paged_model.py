@@ -94,7 +94,7 @@ class PagedModel:
         model, weight_bytes = read_model(folder)
         to_paged_attention(model, manifest.attention_groups)
         properties = compile_properties(device, config, weight_bytes, weight_group_size(model))
-        self._mlp = choose_mlps(model, device, config, properties)
+        self._mlp = choose_mlps(model, manifest, device, config, properties)
         self._compiled = _compile(model, device, config, properties)
         del model
         self.device = device
@@ -278,7 +278,7 @@ def read_model(folder: Path) -> tuple[ov.Model, int]:
 
     Raises:
         ModelFormatError: The files are missing, truncated or corrupt.
-        ExtensionError: The model uses an op that the installed ov_kernels lacks.
+        ExtensionError: The model uses ops of ours, and the library that has them is absent, or older than they are.
     """
     path = folder / MODEL_NAME
     weights = path.with_suffix(".bin")
@@ -286,7 +286,7 @@ def read_model(folder: Path) -> tuple[ov.Model, int]:
         raise ModelFormatError(f"`{weights}` is missing", "copy or export the model again")
     try:
         if OUR_OPSET in path.read_bytes():
-            ov_kernels.add_to(core(), required=True)
+            ov_kernels.add_for(path, core())
         return core().read_model(path), weights.stat().st_size
     except RuntimeError as error:
         raise ov_kernels.explain_read_error(error) or ModelFormatError(
@@ -294,13 +294,16 @@ def read_model(folder: Path) -> tuple[ov.Model, int]:
         ) from error
 
 
-def choose_mlps(model: ov.Model, device: str, config: LoadConfig, properties: dict[str, Any]) -> str | None:
+def choose_mlps(
+    model: ov.Model, manifest: Manifest, device: str, config: LoadConfig, properties: dict[str, Any]
+) -> str | None:
     """Bring fused MLPs into the form that is to run; return what it is, None where there are none."""
     if not any(node.get_type_name() == "CatsMlp" for node in model.get_ops()):
         return None
     from edge_runtime import fused_mlp
 
-    return fused_mlp.choose_mlps(model, device, config, properties)
+    sparsity = manifest.mlp.activation_sparsity if manifest.mlp else None
+    return fused_mlp.choose_mlps(model, device, config, properties, sparsity or 0.0)
 
 
 def _compile(model: ov.Model, device: str, config: LoadConfig, properties: dict[str, Any]) -> ov.CompiledModel:

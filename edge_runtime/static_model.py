@@ -58,7 +58,7 @@ class StaticModel:
         if manifest.attention_groups:
             raise DeviceError(f"{device} cannot run a model with attention groups", "run it on CPU")
         model, _ = read_model(folder)
-        self._mlp = choose_mlps(model, device, config, {})
+        self._mlp = choose_mlps(model, manifest, device, config, {})
         _check(model)
         limit = config.context_length or MAX_CONTEXT_LENGTH
         self.context_length = min(manifest.context_length or limit, limit)

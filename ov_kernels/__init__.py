@@ -14,6 +14,7 @@ library says which, and it is compared before anything is loaded.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -26,7 +27,15 @@ import openvino
 if TYPE_CHECKING:
     from edge_runtime.errors import ExtensionError
 
-__all__ = ["LIBRARY_NAME", "LIBRARY_VARIABLE", "add_to", "explain_read_error", "library_path"]
+__all__ = [
+    "LIBRARY_NAME",
+    "LIBRARY_VARIABLE",
+    "add_for",
+    "add_to",
+    "explain_read_error",
+    "instruction_set",
+    "library_path",
+]
 
 LIBRARY_NAME = "edge_kernels.dll" if sys.platform == "win32" else "libedge_kernels.so"
 LIBRARY_VARIABLE = "EDGE_KERNELS_LIBRARY"
@@ -78,6 +87,46 @@ def add_to(core: openvino.Core, *, required: bool = False) -> bool:
     except RuntimeError as error:
         raise _extension_error(f"OpenVINO cannot load `{path}`: {_last_line(error)}", _REINSTALL) from error
     return True
+
+
+def add_for(path: Path, core: openvino.Core) -> None:
+    """Make our ops known to a core that is to read an IR with such ops.
+
+    Args:
+        path: The IR.
+        core: Changed in place.
+
+    Raises:
+        ExtensionError: There is no library, or it does not fit the installed OpenVINO.
+    """
+    if not add_to(core):
+        raise _extension_error(
+            f"`{path}` uses ops of ov_kernels, whose compiled library is not installed: without it no device can read "
+            "the model, not even to run it in OpenVINO's own ops",
+            f"{_REINSTALL}; or export the model without --mlp fused and --cats",
+        )
+
+
+def instruction_set() -> str:
+    """Return the instructions that our ops use here.
+
+    Returns:
+        `avx512`, `avx2vnni`, `avx2` or `ref`, plain C++; `none` without a library, or where EDGE_KERNELS_ISA names
+        what this machine does not have.
+
+    Raises:
+        ExtensionError: The library does not fit the installed OpenVINO, or is another release's.
+    """
+    path = library_path()
+    if path is None:
+        return "none"
+    _check_release(path)
+    try:
+        function = ctypes.CDLL(str(path)).edge_kernels_isa
+    except (OSError, AttributeError) as error:
+        raise _extension_error(f"`{path}` is not this release's library: {error}", _REINSTALL) from error
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
 
 
 def explain_read_error(error: RuntimeError) -> ExtensionError | None:

@@ -155,7 +155,7 @@ class Conversation:
 
     def _print_stats(self, _: str) -> None:
         if self._last:
-            console.print_stats(self._last.metrics)
+            console.print_stats(self._last.metrics, self._llm.mlp)
         else:
             console.note("there is no answer yet")
 

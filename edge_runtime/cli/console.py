@@ -128,15 +128,20 @@ def progress(*columns: Any) -> Any:
     )
 
 
-def print_stats(metrics: Metrics) -> None:
-    """Print what was measured of one answer, for a person."""
+def print_stats(metrics: Metrics, mlp: str | None = None) -> None:
+    """Print what was measured of one answer, for a person.
+
+    Args:
+        metrics: Of the answer.
+        mlp: In which form the target's fused MLPs run; None where there are none.
+    """
     from rich.console import Console
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", justify="right")
     table.add_column()
-    for name, value in _stats(metrics):
+    for name, value in [*_stats(metrics), *([("fused MLPs", mlp)] if mlp else [])]:
         table.add_row(name, value)
     Console(stderr=True, highlight=False, markup=False).print(table)
 

@@ -74,9 +74,10 @@ def _kernels() -> dict[str, Any]:
     try:
         path = ov_kernels.library_path()
         ov_kernels.add_to(ov.Core(), required=True)
+        instructions = ov_kernels.instruction_set()
     except ExtensionError as error:
-        return {"is_loaded": False, "problem": str(error), "hint": error.hint}
-    return {"is_loaded": True, "library": str(path)}
+        return {"is_loaded": False, "instruction_set": "none", "problem": str(error), "hint": error.hint}
+    return {"is_loaded": True, "instruction_set": instructions, "library": str(path)}
 
 
 def _print_report(report: dict[str, Any]) -> None:
@@ -86,5 +87,5 @@ def _print_report(report: dict[str, Any]) -> None:
         picked = ", ".join(f"{label} {device[name]}" for name, label in names.items() if name in device)
         print(f"{'':5} {picked or 'does not say what it picks'}")
     kernels = report["kernels"]
-    print(f"\nour ops: {kernels['library'] if kernels['is_loaded'] else kernels['problem']}")
+    print(f"\nkernels: {kernels['instruction_set']} ({kernels['library' if kernels['is_loaded'] else 'problem']})")
     print(", ".join(f"{name} {number}" for name, number in report["versions"].items()))

@@ -47,7 +47,7 @@ def generate(
     else:
         console.write("\n")
     if stats:
-        console.print_stats(result.metrics)
+        console.print_stats(result.metrics, llm.mlp)
     if result.finish_reason == "cancelled":
         raise typer.Exit(INTERRUPTED)
 
