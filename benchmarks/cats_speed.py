@@ -42,7 +42,7 @@ def make_models(folder: Path, weights: str, share: float) -> dict[str, Path]:
         "dense": {"mlp": "fused"},
         "cats": {"cats": share, "calibration_text": argparse.__file__},
     }
-    if weights == "int4":  # a text would also calibrate the 4-bit weights: an hour for a billion
+    if weights == "int4":  # a text would also calibrate the 4-bit weights, which takes far too long
         del options["cats"]
     models = {name: folder / f"{name}-{weights}" for name in options}
     for name, path in models.items():

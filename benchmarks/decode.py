@@ -18,14 +18,13 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from measure import add_peer_tokenizer, interleave, machine, paired_ratio, peer_inputs, peer_tpot_ms, report, spread
+
+from edge_runtime.bench.cats import read_bandwidth
 
 PROMPT_IDS = list(range(100, 164))
 PEER_F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
@@ -108,20 +107,6 @@ def peak_memory(framework: str, models: dict[str, Path], cell: str, precision: s
     """Return the peak resident bytes of a fresh process that loads and decodes once."""
     call = f"{framework}_cell({_plain(models)!r}, {cell!r}, {precision!r}, {tokens})()"
     return int(_in_fresh_process(f"{call}\nfrom edge_runtime.metrics import peak_rss_bytes; print(peak_rss_bytes())"))
-
-
-def read_bandwidth() -> float:
-    """Return bytes per second of a plain read of 1 GB by two threads for each core's share; the best of five."""
-    import os
-
-    shares = np.array_split(np.ones(1 << 27), os.cpu_count() or 1)
-    best = 0.0
-    with ThreadPoolExecutor(len(shares)) as threads:
-        for _ in range(5):
-            begin = time.perf_counter()
-            list(threads.map(np.max, shares))
-            best = max(best, 8 * (1 << 27) / (time.perf_counter() - begin))
-    return best
 
 
 def measure_cell(models: dict[str, Path], cell: str, precision: str, tokens: int, rounds: int, first: str) -> Figures:

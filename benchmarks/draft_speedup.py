@@ -27,7 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from decode import PRECISIONS, read_bandwidth
+from decode import PRECISIONS
 from measure import (
     add_peer_tokenizer,
     bar_chart,
@@ -40,6 +40,7 @@ from measure import (
 )
 
 from edge_runtime import EdgeLLM
+from edge_runtime.bench.cats import read_bandwidth
 from edge_runtime.bench.draft import DraftBench
 from edge_runtime.bench.prompts import Prompt, read_prompts
 from edge_runtime.bench.settings import DraftSettings

@@ -85,6 +85,11 @@ class _Acceptance:
         self._accepted: list[float] = []
         self._drafted: list[float] = []
 
+    @property
+    def num_positions(self) -> int:
+        """Positions that were seen."""
+        return len(self._drafted)
+
     def chance(self, position: int, assumed: float, weight: float) -> float:
         """Return the chance of a position, before which `assumed` counts for `weight` tokens."""
         if position >= len(self._drafted):
@@ -166,10 +171,12 @@ class Pacing:
         A position is assumed to be like the one before it until it was seen itself, and after the last kind of block
         like after any.
         """
-        chance, chances = PRIOR, []
+        overall, chance, chances = PRIOR, PRIOR, []
         for position in range(count):
-            chance = self._overall.chance(position, chance, PRIOR_WEIGHT)
-            chances.append(self._after_whole[self._was_whole].chance(position, chance, STATE_WEIGHT))
+            if position < self._overall.num_positions:
+                overall = self._overall.chance(position, overall, PRIOR_WEIGHT)
+                chance = self._after_whole[self._was_whole].chance(position, overall, STATE_WEIGHT)
+            chances.append(chance)
         return chances
 
     def record(self, num_drafted: int, num_accepted: int, draft_s: float, target_s: float, lag: int = 0) -> None:

@@ -13,7 +13,7 @@ from edge_runtime.bench.settings import CatsSettings
 from edge_runtime.cli import INTERRUPTED, console
 
 if TYPE_CHECKING:
-    from edge_runtime.bench.cats import CatsBench
+    pass
 
 _LEGEND = """
 dead        share of activations that thresholds drop; openvino and dense have none
@@ -54,7 +54,7 @@ def bench_cats(
     if plot:
         check_plot(plot)
     bench = CatsBench(settings)
-    is_interrupted = _run(bench)
+    is_interrupted = console.run_with_progress(bench, "cells", bench.num_cells)
     made = bench.rows()
     if as_json:
         machine = {"devices": describe_devices(), "openvino": version("openvino"), "bandwidth": bench.bandwidth}
@@ -66,22 +66,6 @@ def bench_cats(
         save_plot(made, plot)
     if is_interrupted:
         raise typer.Exit(INTERRUPTED)
-
-
-def _run(bench: CatsBench) -> bool:
-    """Measure; return whether Ctrl-C ended it, with whole cells to report."""
-    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
-
-    with console.progress(MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task("cells", total=bench.num_cells)
-        try:
-            for _ in bench.run():
-                progress.advance(task)
-        except KeyboardInterrupt:
-            if not bench.rows():
-                raise
-            return True
-    return False
 
 
 def _print_tables(rows: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from edge_runtime.demo import or_demo
 from edge_runtime.errors import ConfigError, EdgeError
 
 if TYPE_CHECKING:
-    from edge_runtime.bench.draft import DraftBench
+    pass
 
 _LENGTHS = ", ".join(map(str, DraftSettings.num_draft_tokens))
 _LEGEND = """
@@ -95,7 +95,7 @@ def bench_draft(
     load = {"device": device, "precision": precision}
     llm = load_model(ModelOptions(str(pair[0]), str(pair[1]), load, {}), warm_up=True)
     bench = DraftBench(llm, read, settings, size)
-    is_interrupted = _run(bench)
+    is_interrupted = console.run_with_progress(bench, "answers", bench.num_answers)
     rows = bench.rows()
     if as_json:
         setting = {"target": str(pair[0]), "draft": str(pair[1]), "relative_size": size, **load, **asdict(settings)}
@@ -119,22 +119,6 @@ def _pair(target: Path | None, draft: Path | None) -> tuple[Path, Path]:
     named, drafter = or_demo(target, draft)
     assert drafter is not None
     return Path(named), Path(drafter)
-
-
-def _run(bench: DraftBench) -> bool:
-    """Measure; return whether Ctrl-C ended it, with whole prompts to report."""
-    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
-
-    with console.progress(MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task("answers", total=bench.num_answers)
-        try:
-            for _ in bench.run():
-                progress.advance(task)
-        except KeyboardInterrupt:
-            if not bench.rows():
-                raise
-            return True
-    return False
 
 
 def _check_equality(rows: list[dict[str, Any]]) -> None:

@@ -12,12 +12,24 @@ import os
 import shutil
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import typer
 
 if TYPE_CHECKING:
     from edge_runtime.metrics import Metrics
+
+
+class Bench(Protocol):
+    """What `edge-run bench` runs."""
+
+    def run(self) -> Iterator[Any]:
+        """Measure; yield after each part."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what is measured so far."""
+
 
 STATUS_DELAY_S = 0.5
 """A wait shorter than this is not worth a word."""
@@ -126,6 +138,28 @@ def progress(*columns: Any) -> Any:
         redirect_stdout=False,
         redirect_stderr=False,
     )
+
+
+def run_with_progress(bench: Bench, unit: str, total: int) -> bool:
+    """Run a benchmark to its end; return whether Ctrl-C ended it first, with whole rows to report.
+
+    Args:
+        bench: `run` yields after each of `total` parts.
+        unit: What the parts are, for the bar.
+        total: How many there are.
+    """
+    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+
+    with progress(MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task(unit, total=total)
+        try:
+            for _ in bench.run():
+                bar.advance(task)
+        except KeyboardInterrupt:
+            if not bench.rows():
+                raise
+            return True
+    return False
 
 
 def print_stats(metrics: Metrics, mlp: str | None = None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_export.quiet import quiet
+from edge_runtime.cli.app import run
 from tests.export.onnx_models import make_onnx
 from tests.tiny_models import tiny_hf, tiny_ir
 
@@ -23,6 +24,17 @@ def cheap_garbage_collection() -> None:
         for name in ("nncf", "optimum.exporters.openvino.model_configs", "transformers.models.auto.modeling_auto"):
             importlib.import_module(name)
     gc.freeze()
+
+
+@pytest.fixture
+def edge_run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Return a function from arguments of `edge-run export` to exit code, stdout and stderr of the process itself."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        code = run(["export", *map(str, args)])
+        return code, *capfd.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="session")

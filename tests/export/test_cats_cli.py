@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from edge_export.cats import MlpFormat
-from edge_runtime.cli.app import run
 from edge_runtime.errors import ConfigError
 from edge_runtime.fused_mlp import fused_mlps
 from edge_runtime.manifest import MANIFEST_NAME, Manifest, MlpFacts, load_manifest
@@ -19,17 +18,6 @@ from tests.tiny_models import SENTENCES, make_hf_model
 kernels = pytest.mark.kernels
 INT8_ERROR = 0.15
 """rms(Δ) / σ: random weights in int8, and neurons that fall on the other side of a threshold for it."""
-
-
-@pytest.fixture
-def edge_run(capfd):
-    """Return a function from arguments to exit code, stdout and stderr."""
-
-    def call(*args):
-        code = run(["export", *map(str, args)])
-        return code, *capfd.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")

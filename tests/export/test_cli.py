@@ -8,19 +8,7 @@ import sys
 import pytest
 
 from edge_export import extra
-from edge_runtime.cli.app import run
 from edge_runtime.manifest import load_manifest
-
-
-@pytest.fixture
-def edge_run(capfd):
-    """Return a function from arguments to exit code, stdout and stderr, as the process's own descriptors saw them."""
-
-    def call(*args):
-        code = run(["export", *map(str, args)])
-        return code, *capfd.readouterr()
-
-    return call
 
 
 def test_one_line_says_what_was_made(edge_run, tiny_hf, tmp_path):

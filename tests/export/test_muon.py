@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from edge_export import muon
 from edge_export.muon import RMS, Muon, orthogonal
 
 
+@pytest.mark.parametrize(("has_bf16", "strayed"), [(False, 0.02), (True, 0.03)])
 @pytest.mark.parametrize("shape", [(32, 32), (24, 64), (64, 24)])
-def test_singular_values_come_near_one_and_vectors_stay(shape):
+def test_singular_values_come_near_one_and_vectors_stay(shape, has_bf16, strayed, monkeypatch):
+    """In both precisions on every machine; bf16, with 8 bits of mantissa, measured 0.024 where f32 stays below 0.02."""
+    monkeypatch.setattr(muon, "has_fast_bf16", lambda _: has_bf16)
     torch.manual_seed(0)
     matrix = torch.randn(shape)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -18,7 +22,7 @@ def test_singular_values_come_near_one_and_vectors_stay(shape):
     got = inner.diagonal()
     assert got[values > 0.1 * values.max()].min() > 0.5
     assert got.max() < 1.3
-    assert (inner - torch.diag(got)).abs().max() < 0.03  # 0.0235 where the processor multiplies in bf16
+    assert (inner - torch.diag(got)).abs().max() < strayed
 
 
 def test_an_update_has_the_size_of_adamws():
