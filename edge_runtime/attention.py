@@ -6,7 +6,7 @@ A query at position p, in block i = p // B, sees the key at position k <= p, in 
     k < sink                             first tokens, kept for ever
     k >= start(p)                        local window: start = (i + 1) B - window, by blocks, the current one counts
                                                        start = p + 1 - window, by tokens
-    (j + offset) % stride == 0           strided blocks; `offset` differs from head to head, so that heads share the context
+    (j + offset) % stride == 0           strided blocks; heads with different offsets share the context
 
 LongGen (arXiv 2410.01485): the middle third of the layers is full, the rest sink + window or strided with one offset.
 S2-Attention (arXiv 2407.17678): local + strided, an offset for each KV head; dense layers in between.
@@ -40,8 +40,8 @@ class LayerPattern:
         sink: First tokens that are always seen.
         by_tokens: The window starts at a token (Gemma, Mistral) and not at a block.
         stride: Every so many blocks one is seen; 0 for none.
-        offsets: Added to a block's number before `stride` divides it: one for all heads, or one for each KV head, or one
-            for each query head.
+        offsets: Added to a block's number before `stride` divides it: one for all heads, or one for each KV head, or
+            one for each query head.
         num_dense_heads: Last query heads that see everything.
     """
 
@@ -53,14 +53,14 @@ class LayerPattern:
     num_dense_heads: int = 0
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ConfigError(f"attention window is {self.window} tokens, expected at least 1")
+        if self.window is not None and not (_is_count(self.window) and self.window):
+            raise ConfigError(f"attention window is {self.window!r} tokens, expected at least 1")
         if self.window is None and (self.sink or self.stride):
             raise ConfigError("a full layer has neither sink nor stride; give it a window")
         for name, value in (("sink", self.sink), ("stride", self.stride), ("num_dense_heads", self.num_dense_heads)):
-            if value < 0:
-                raise ConfigError(f"attention {name} is {value}, expected 0 or more")
-        if not self.offsets or min(self.offsets) < 0:
+            if not _is_count(value):
+                raise ConfigError(f"attention {name} is {value!r}, expected 0 or more")
+        if not self.offsets or not all(map(_is_count, self.offsets)):
             raise ConfigError(f"attention offsets are {list(self.offsets)}, expected one or more, none negative")
 
     @property
@@ -68,17 +68,23 @@ class LayerPattern:
         """Whether every earlier token is seen by every head."""
         return self.window is None
 
-    def head_offsets(self, num_heads: int) -> NDArray[np.int64]:
-        """Return the offset of each of H query heads, (H,).
+    def check(self, num_heads: int, num_kv_heads: int) -> None:
+        """Refuse a pattern that does not fit H query heads on H_kv KV heads.
 
         Raises:
-            ConfigError: H is not a multiple of the offsets.
+            ConfigError: The offsets are not one for all, one for each KV head or one for each query head, or there are
+                more dense heads than heads.
         """
-        if num_heads % len(self.offsets):
+        if len(self.offsets) not in (1, num_kv_heads, num_heads):
             raise ConfigError(
-                f"attention has {len(self.offsets)} offsets for {num_heads} heads, expected one for all, one for each "
-                "KV head or one for each head"
+                f"attention has {len(self.offsets)} offsets for {num_kv_heads} KV heads of {num_heads} heads, expected "
+                "one for all, one for each KV head or one for each head"
             )
+        if self.num_dense_heads > num_heads:
+            raise ConfigError(f"attention has {self.num_dense_heads} dense heads of {num_heads}")
+
+    def head_offsets(self, num_heads: int) -> NDArray[np.int64]:
+        """Return the offset of each of H query heads, (H,); `check` has said that they fit."""
         return np.repeat(np.array(self.offsets, np.int64), num_heads // len(self.offsets))
 
     def head_strides(self, num_heads: int) -> NDArray[np.int64]:
@@ -91,9 +97,12 @@ class LayerPattern:
         if self.window is None:
             return np.zeros_like(position)
         end = np.add(position, 1) if self.by_tokens else (np.floor_divide(position, block_size) + 1) * block_size
-        return np.maximum(0, end - self.window)
+        start: NDArray[np.int64] = np.maximum(0, end - self.window)
+        return start
 
-    def token_mask(self, queries: NDArray[np.int64], num_keys: int, num_heads: int, block_size: int) -> NDArray[Any]:
+    def token_mask(
+        self, queries: NDArray[np.int64], num_keys: int, num_heads: int, block_size: int
+    ) -> NDArray[np.bool_]:
         """Return which of the keys 0 to `num_keys` each query sees, (H, T, S) of bool: the definition, for references.
 
         Args:
@@ -106,22 +115,34 @@ class LayerPattern:
         near = (keys < self.sink) | (keys >= self.local_start(queries, block_size)[:, None])
         heads = self.head_strides(num_heads)[:, None]
         strided = (keys // block_size + self.head_offsets(num_heads)[:, None]) % np.maximum(heads, 1) == 0
-        seen = near | (strided & (heads > 0))[:, None]
-        return seen & (keys <= queries[:, None])
+        seen: NDArray[np.bool_] = (near | (strided & (heads > 0))[:, None]) & (keys <= queries[:, None])
+        return seen
 
-    def held_blocks(self, num_tokens: int, num_kv_heads: int, num_heads: int, block_size: int) -> NDArray[Any]:
-        """Return which blocks the next tokens can see, (H_kv, blocks) of bool: what a cache of `num_tokens` must hold.
+    def kept_blocks(
+        self, blocks: NDArray[np.int64], num_kv_heads: int, num_heads: int, block_size: int
+    ) -> NDArray[np.bool_]:
+        """Return which of n blocks are seen even from far away, (H_kv, n): by some query head of each KV head.
 
-        A KV head holds what any of its query heads sees.
+        Args:
+            blocks: (n,) numbers.
+            num_kv_heads: H_kv.
+            num_heads: H.
+            block_size: Tokens of a block.
         """
-        num_blocks = -(-num_tokens // block_size)
-        last = np.array([max(0, num_tokens - 1)])
-        first_tokens = self.token_mask(last, num_tokens, num_heads, block_size)[:, 0, :]
-        padded = np.zeros((num_heads, num_blocks * block_size), bool)
-        padded[:, :num_tokens] = first_tokens
-        by_head = padded.reshape(num_kv_heads, -1, num_blocks, block_size)
-        held: NDArray[Any] = by_head.any(axis=(1, 3))
-        return held
+        strides, offsets = self.head_strides(num_heads)[:, None], self.head_offsets(num_heads)[:, None]
+        strided = ((blocks + offsets) % np.maximum(strides, 1) == 0) & (strides > 0)
+        kept: NDArray[np.bool_] = strided.reshape(num_kv_heads, -1, len(blocks)).any(axis=1)
+        return kept | (blocks * block_size < self.sink)
+
+    def held_blocks(self, num_tokens: int, num_kv_heads: int, num_heads: int, block_size: int) -> NDArray[np.bool_]:
+        """Return which blocks are seen by the last of `num_tokens` tokens or later, (H_kv, blocks): what is held."""
+        blocks = np.arange(-(-num_tokens // block_size))
+        near = blocks >= self.local_start(max(0, num_tokens - 1), block_size) // block_size
+        return near | self.kept_blocks(blocks, num_kv_heads, num_heads, block_size)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 FULL = LayerPattern()
@@ -256,7 +277,9 @@ def s2(
         ConfigError: Some block is seen by no head of any layer, or the numbers do not fit each other.
     """
     is_full = [bool(dense_every) and (layer + 1) % dense_every == 0 for layer in range(num_layers)]
-    layers, shard, seen = [], 0, set()
+    layers: list[LayerPattern] = []
+    seen: set[int] = set()
+    shard = 0
     for full in is_full:
         offsets = tuple((shard + head) % max(stride, 1) for head in range(num_kv_heads))
         layers.append(FULL if full else LayerPattern(window=window, sink=sink, stride=stride, offsets=offsets))

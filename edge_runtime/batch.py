@@ -65,7 +65,7 @@ class SequenceBatch:
         self._model = model
         self._held = np.zeros(count, np.int32)
         self._blocks = np.arange(count * model.blocks_for(num_tokens), dtype=np.int32).reshape(count, -1)
-        model.reserve_blocks(self._blocks.size)
+        model.cache.reserve_blocks(self._blocks.size)
 
     def forward(self, sequences: Sequence[int], token_ids: Sequence[list[int]]) -> Rows:
         """Append tokens to some of the sequences; return the logits after the last of each, (len(sequences), V).
@@ -80,7 +80,7 @@ class SequenceBatch:
 
 def most_sequences(model: PagedModel, num_tokens: int) -> int:
     """Return how many sequences of a length to write at once: as many as help and as memory is there for."""
-    each = model.blocks_for(num_tokens) * model.block_bytes
+    each = model.blocks_for(num_tokens) * model.cache.block_bytes
     return max(1, min(MOST_SEQUENCES, MOST_KV_BYTES // each))
 
 

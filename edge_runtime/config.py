@@ -17,6 +17,7 @@ from edge_runtime.errors import ConfigError
 PRECISIONS = ("auto", "f32", "bf16", "f16")
 KV_PRECISIONS = ("auto", "f32", "bf16", "f16", "u8", "u4")
 MLPS = ("auto", "fused", "stock")
+ATTENTIONS = ("auto", "block_sparse", "stock")
 NPU_VERIFIED_TOKENS = 8
 """Tokens of one step of an NPU target with a draft. A step compiled for 1, 8, 16 or 32 tokens took 12, 18, 22 or 30 ms
 however many it was given (NPUW on CPU, 2 cores, 33 MB of int8 weights)."""
@@ -68,6 +69,9 @@ class LoadConfig(_Options):
         mlp: For models exported with fused MLPs, on CPU: `fused` runs them as exported, `stock` in OpenVINO's own ops,
             which skip no neuron; `auto` times the first layer in both while it loads, and takes `stock` only where that
             is clearly faster. Other devices have no kernel for them and run `stock`, with a logged warning.
+        attention: On CPU: `block_sparse` is our own op, whose caches hold only what each layer's pattern still sees;
+            `stock` is OpenVINO's PagedAttention, which always holds everything. `auto` takes ours for models exported
+            with a pattern, and else the stock one.
         cache_dir: Where compiled models are kept between runs; None for nowhere.
     """
 
@@ -81,6 +85,7 @@ class LoadConfig(_Options):
     context_length: int | None = None
     npu_step_tokens: int | None = None
     mlp: str = "auto"
+    attention: str = "auto"
     cache_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +97,7 @@ class LoadConfig(_Options):
         if self.activation_group_size is not None:
             _integer("activation_group_size", self.activation_group_size, 0)
         _choice("mlp", self.mlp, MLPS)
+        _choice("attention", self.attention, ATTENTIONS)
         _integer("num_threads", self.num_threads, 0)
         _integer("prefill_chunk_size", self.prefill_chunk_size, 1)
         if self.context_length is not None:

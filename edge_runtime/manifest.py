@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.errors import ModelFormatError
+from edge_runtime.attention import AttentionPattern
+from edge_runtime.errors import ConfigError, ModelFormatError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "edge_model.json"
@@ -50,7 +51,7 @@ class Manifest:
         num_parameters: Of the source model, embeddings included; None if unknown.
         source: Where the model came from: a folder name or a hub id.
         versions: Package name to version, of what made this folder.
-        attention_groups: Layers that share one block list; empty for a dense model, which is one group.
+        attention: What each layer's queries see; None, and absent from the file, where that is every earlier token.
         mlp: How gated MLPs are stored; None, and absent from the file, for OpenVINO's own ops.
         format_version: Of this file.
     """
@@ -65,7 +66,7 @@ class Manifest:
     num_parameters: int | None = None
     source: str = ""
     versions: dict[str, str] = field(default_factory=dict)
-    attention_groups: tuple[tuple[int, ...], ...] = ()
+    attention: AttentionPattern | None = None
     mlp: MlpFacts | None = None
     format_version: int = FORMAT_VERSION
 
@@ -75,15 +76,14 @@ class Manifest:
                 raise TypeError(f"{name} is {value!r}, expected a number of tokens")
         if not all(_is_whole(token_id) for token_id in self.eos_token_ids):
             raise TypeError(f"eos_token_ids is {self.eos_token_ids!r}, expected token ids")
-        if not all(_is_whole(layer) for group in self.attention_groups for layer in group):
-            raise TypeError(f"attention_groups is {self.attention_groups!r}, expected groups of layer numbers")
 
     def save(self, folder: Path) -> None:
         """Write `edge_model.json` into `folder`, whole or not at all."""
         temporary = folder / (MANIFEST_NAME + ".tmp")
         content = asdict(self)
-        if self.mlp is None:
-            del content["mlp"]  # readers that do not know the entry refuse it
+        for optional in ("mlp", "attention"):
+            if content[optional] is None:
+                del content[optional]  # readers that do not know the entry refuse it
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder / MANIFEST_NAME)
 
@@ -134,6 +134,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _from_manifest(path: Path) -> Manifest:
     content = read_json(path)
+    content.pop("attention_groups", None)  # always empty in what was written while it existed
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise ModelFormatError(
@@ -145,11 +146,12 @@ def _from_manifest(path: Path) -> Manifest:
         raise ModelFormatError(f"`{path}` has unknown entries {unknown}", "export the model again")
     try:
         content["eos_token_ids"] = tuple(content.get("eos_token_ids", ()))
-        content["attention_groups"] = tuple(tuple(group) for group in content.get("attention_groups", ()))
         if content.get("mlp") is not None:
             content["mlp"] = MlpFacts(**content["mlp"])
+        if content.get("attention") is not None:
+            content["attention"] = AttentionPattern.from_json(content["attention"])
         return Manifest(**content)
-    except TypeError as error:
+    except (TypeError, KeyError, ConfigError) as error:
         raise ModelFormatError(f"`{path}` cannot be used: {error}", "export the model again") from error
 
 

@@ -32,8 +32,11 @@ class CausalModel(Protocol):
     def forward(self, token_ids: list[int], num_rows: int) -> Rows:
         """Append T tokens and return the logits of the last `num_rows`, (num_rows, V): valid until the next call."""
 
-    def rollback(self, num_tokens: int) -> None:
-        """Keep the first `num_tokens` tokens and forget the rest."""
+    def rollback(self, num_tokens: int) -> int:
+        """Keep the first `num_tokens` tokens and forget the rest; return how many are kept.
+
+        These or none: a layer with a window no longer has the keys that a token far back would see.
+        """
 
     def reserve(self, num_tokens: int) -> None:
         """Announce that up to `num_tokens` tokens may come, so that memory is found before the work starts."""
@@ -74,10 +77,9 @@ class CachedModel:
         self.rollback(0)
 
     def rollback(self, num_tokens: int) -> None:
-        """Keep the first `num_tokens` tokens and forget the rest."""
+        """Keep the first `num_tokens` tokens, or none where the model has not kept what they see; forget the rest."""
         if num_tokens < len(self._ids):
-            del self._ids[num_tokens:]
-            self.model.rollback(num_tokens)
+            del self._ids[self.model.rollback(num_tokens) :]
 
     def shared(self, token_ids: list[int], start: int = 0) -> int:
         """Return how many leading tokens of `token_ids` are held already.
@@ -93,10 +95,9 @@ class CachedModel:
         return same
 
     def align(self, token_ids: list[int], start: int = 0) -> int:
-        """Forget all that does not start `token_ids`; return what `shared` does."""
-        same = self.shared(token_ids, start)
-        self.rollback(same)
-        return same
+        """Forget all that does not start `token_ids`; return how many tokens are held after that."""
+        self.rollback(self.shared(token_ids, start))
+        return len(self._ids)
 
     def catch_up(
         self, token_ids: list[int], start: int = 0, on_chunk: Callable[[int, int], None] | None = None

@@ -1,20 +1,16 @@
 """Rewrite a stateful IR for the PagedAttention engine.
 
-Three steps, in place:
+Two steps, in place:
 
 1. OpenVINO's own transformation turns the KV states into cache inputs that the plugin updates in place, and the batch
    into a flat list of tokens: `input_ids (T)`, `position_ids (T)`, logits `(T, 1, V)`.
-2. Each attention group gets its own `past_lens`, `block_indices`, `block_indices_begins` and `max_context_len`. A group
-   is a set of layers that share one block list; a dense model is one group and keeps the stock inputs.
-3. A gather before the last matrix product leaves only the rows whose logits are wanted: a prompt of 1000 tokens
+2. A gather before the last matrix product leaves only the rows whose logits are wanted: a prompt of 1000 tokens
    computes one row of the vocabulary, not 1000.
 
 The 28 inputs of the PagedAttention op: openvino/op/paged_attention.hpp of OpenVINO 2026.4.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import openvino as ov
@@ -23,21 +19,18 @@ from openvino import opset13
 from edge_runtime.errors import ModelFormatError
 
 LOGITS_ROWS = "logits_rows"
-PER_GROUP_INPUTS = {5: "past_lens", 7: "block_indices", 8: "block_indices_begins", 12: "max_context_len"}
-"""PagedAttention input number to parameter name, for what belongs to a block list."""
 ROW_WISE_OPS = ("Add", "Multiply", "Divide", "Tanh", "Convert", "Reshape", "Squeeze", "Unsqueeze", "Subtract")
 """What may stand between the last matrix product and the logits: soft-capping, scaling, a bias, layout."""
 
 
-def to_paged_attention(model: ov.Model, groups: Sequence[Sequence[int]] = ()) -> None:
+def to_paged_attention(model: ov.Model) -> None:
     """Rewrite `model` in place.
 
     Args:
         model: A stateful decoder with scaled-dot-product attention, as optimum-intel exports it.
-        groups: Layer numbers of each attention group; empty for one group of all layers.
 
     Raises:
-        ModelFormatError: The model is not such a decoder, or the groups do not name each layer once.
+        ModelFormatError: The model is not such a decoder.
     """
     from openvino._offline_transformations import paged_attention_transformation
 
@@ -55,14 +48,7 @@ def to_paged_attention(model: ov.Model, groups: Sequence[Sequence[int]] = ()) ->
             f"OpenVINO cannot convert this model to PagedAttention: {first_line(error)}",
             "export it with `edge-run export`, which checks this",
         ) from error
-    if groups:
-        _split_into_groups(model, groups)
     _keep_wanted_rows(model)
-
-
-def group_input(name: str, group: int) -> str:
-    """Return the name of a per-group input: the stock name for the first group, `name.group.N` for others."""
-    return name if group == 0 else f"{name}.group.{group}"
 
 
 def attention_ops(model: ov.Model) -> list[ov.Node]:
@@ -73,32 +59,6 @@ def attention_ops(model: ov.Model) -> list[ov.Node]:
 
 def _layer_number(node: ov.Node) -> int:
     return int(node.input_value(3).get_node().get_friendly_name().rsplit(".", 1)[1])
-
-
-def _split_into_groups(model: ov.Model, groups: Sequence[Sequence[int]]) -> None:
-    layers = attention_ops(model)
-    named = sorted(layer for group in groups for layer in group)
-    if named != list(range(len(layers))):
-        raise ModelFormatError(
-            f"attention groups name layers {named}, the model has layers 0 to {len(layers) - 1}, each to be named once"
-        )
-    for number, group in enumerate(groups):
-        if number == 0:
-            continue
-        parameters = {port: _clone_parameter(layers[0], port, number) for port in PER_GROUP_INPUTS}
-        for layer in group:
-            for port, parameter in parameters.items():
-                layers[layer].input(port).replace_source_output(parameter.output(0))
-        model.add_parameters(list(parameters.values()))
-    model.validate_nodes_and_infer_types()
-
-
-def _clone_parameter(layer: ov.Node, port: int, group: int) -> ov.Node:
-    stock = layer.input_value(port)
-    name = group_input(PER_GROUP_INPUTS[port], group)
-    parameter = opset13.parameter(stock.get_partial_shape(), stock.get_element_type(), name=name)
-    parameter.output(0).set_names({name})
-    return parameter
 
 
 def _keep_wanted_rows(model: ov.Model) -> None:

@@ -55,8 +55,8 @@ class StaticModel:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, device: str, config: LoadConfig) -> None:
-        if manifest.attention_groups:
-            raise DeviceError(f"{device} cannot run a model with attention groups", "run it on CPU")
+        if manifest.attention or config.attention == "block_sparse":
+            raise DeviceError(f"{device} has no kernel for block-sparse attention", "run the model on CPU")
         model, _ = read_model(folder)
         self._mlp = choose_mlps(model, manifest, device, config, {})
         _check(model)
@@ -95,9 +95,10 @@ class StaticModel:
         self.num_tokens = end
         return (np.concatenate([*earlier, rows]) if num_rows > len(rows) else rows)[-num_rows:]
 
-    def rollback(self, num_tokens: int) -> None:
-        """Keep the first `num_tokens` tokens and forget the rest."""
+    def rollback(self, num_tokens: int) -> int:
+        """Keep the first `num_tokens` tokens and forget the rest; return how many are kept."""
         self.num_tokens = min(self.num_tokens, num_tokens)
+        return self.num_tokens
 
     def reserve(self, num_tokens: int) -> None:
         """Do nothing: the memory was taken when the model was compiled."""

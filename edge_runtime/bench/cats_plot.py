@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
+
+from edge_runtime.bench.plot import save_figure
 
 Rows = list[dict[str, Any]]
 
@@ -23,9 +24,7 @@ def save_plot(rows: Rows, path: Path) -> None:
     for axes, weights in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         _draw(axes, [row for row in rows if row["weights"] == weights])
         axes.set_title(weights)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def _draw(axes: Any, rows: Rows) -> None:

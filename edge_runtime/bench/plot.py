@@ -52,6 +52,11 @@ def save_plot(rows: Rows, path: Path) -> None:
     _draw_acceptance(acceptance, rows, colors)
     _draw_speedup(speedup, rows, colors)
     figure.legend(handles=_legend(rows, colors), loc="outside lower center", ncols=6, frameon=False)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
     os.replace(temporary, path)

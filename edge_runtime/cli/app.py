@@ -18,7 +18,18 @@ from edge_runtime import __version__
 from edge_runtime.cli import console
 from edge_runtime.errors import ConfigError, EdgeError
 
-COMMANDS = ("generate", "chat", "pull", "export", "train draft", "plan", "bench draft", "bench cats", "devices")
+COMMANDS = (
+    "generate",
+    "chat",
+    "pull",
+    "export",
+    "train draft",
+    "plan",
+    "bench draft",
+    "bench cats",
+    "inspect",
+    "devices",
+)
 """Each is the function of its name in the module of its name, with `_` for the space."""
 
 FAMILIES = {"train": "Train a model.", "bench": "Measure what a technique brings, beside its baselines."}

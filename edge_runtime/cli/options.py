@@ -99,6 +99,7 @@ _OPTIONS: dict[str, _Option] = {
         DEVICE, int, "N", "CPU: activations that share an int8 scale with int8 and int4 weights; 0 for not rounded."
     ),
     "npu_step_tokens": _Option(DEVICE, int, "N", "NPU: tokens of one step, 1 or a multiple of 8."),
+    "attention": _Option(DEVICE, str, "KIND", "On CPU: auto, block_sparse (our op), stock (OpenVINO's)."),
     "mlp": _Option(DEVICE, str, "KIND", "Fused MLPs of a model that has them, on CPU: auto times them, fused, stock."),
     "cache_dir": _Option(DEVICE, str, "FOLDER", "Keep compiled models here, to load faster the next time."),
 }

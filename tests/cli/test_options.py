@@ -39,6 +39,7 @@ LOAD = {
     "activation_group_size": (["64"], 64),
     "npu_step_tokens": (["8"], 8),
     "mlp": (["stock"], "stock"),
+    "attention": (["stock"], "stock"),
     "cache_dir": (["cache"], "cache"),
 }
 FIELDS = {**GENERATION, **LOAD}

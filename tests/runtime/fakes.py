@@ -82,9 +82,10 @@ class TableModel:
         self._rows = self._table[ids[first - 1 : -1], ids[first:]]
         return self._rows
 
-    def rollback(self, num_tokens: int) -> None:
-        """Keep the first `num_tokens` tokens and forget the rest."""
+    def rollback(self, num_tokens: int) -> int:
+        """Keep the first `num_tokens` tokens and forget the rest; return how many are kept."""
         del self._ids[num_tokens:]
+        return len(self._ids)
 
     def reserve(self, num_tokens: int) -> None:
         """Nothing to reserve."""

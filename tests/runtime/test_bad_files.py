@@ -110,13 +110,6 @@ def test_decoder_without_logits_is_refused(copy):
     assert "no output `logits`" in refused(other)
 
 
-@pytest.mark.parametrize("groups", [[[0]], [[0, 1], [2]], [[0, 0], [1]], [[0], [1], [1]]])
-def test_attention_groups_must_name_each_layer_once(copy, groups):
-    content = json.loads((copy / MANIFEST_NAME).read_text())
-    (copy / MANIFEST_NAME).write_text(json.dumps(content | {"attention_groups": groups}))
-    assert "the model has layers 0 to 1, each to be named once" in refused(copy)
-
-
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"not json"])
 def test_missing_or_damaged_tokenizer_is_named(copy, content):
     """It is read in another thread, whose errors must come out here."""

@@ -57,7 +57,7 @@ def test_a_stop_token_ends_its_answer_alone(tiny_ir):
 def test_number_of_sequences_follows_from_their_memory(tiny_ir, monkeypatch):
     model = load(tiny_ir("llama")).engine.target.model
     assert most_sequences(model, 100) == MOST_SEQUENCES
-    monkeypatch.setattr("edge_runtime.batch.MOST_KV_BYTES", 3 * model.blocks_for(100) * model.block_bytes)
+    monkeypatch.setattr("edge_runtime.batch.MOST_KV_BYTES", 3 * model.blocks_for(100) * model.cache.block_bytes)
     assert most_sequences(model, 100) == 3
     assert most_sequences(model, 10_000) == 1
 

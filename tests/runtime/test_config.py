@@ -62,6 +62,7 @@ BAD_LOAD = {
     "context_length": [0, 1, 2.5, "64", True],
     "npu_step_tokens": [0, 9, 136, 1.5, "8", True],  # NPUW would round 9 up: it would cost what 16 cost
     "mlp": [None, "dense", 1],
+    "attention": [None, "paged", 1],
     "cache_dir": [5, True],
 }
 GOOD_LOAD = {
@@ -75,6 +76,7 @@ GOOD_LOAD = {
     "context_length": [None, 2, 131072],
     "npu_step_tokens": [None, 1, 8, 72],
     "mlp": ["auto", "fused", "stock"],
+    "attention": ["auto", "block_sparse", "stock"],
     "cache_dir": [None, "folder", Path("folder")],
 }
 

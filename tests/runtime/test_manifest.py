@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from edge_runtime.attention import longgen
 from edge_runtime.errors import ModelFormatError
 from edge_runtime.manifest import FORMAT_VERSION, MANIFEST_NAME, MODEL_NAME, Manifest, load_manifest
 
@@ -21,7 +23,7 @@ WHOLE = Manifest(
     num_parameters=1_000_000,
     source="folder",
     versions={"openvino": "2026.4.1"},
-    attention_groups=((0, 2), (1,)),
+    attention=longgen(6, window=256, sink=64),
 )
 
 
@@ -42,7 +44,7 @@ def write(folder: Path, **files: object) -> Path:
 
 def changed(**changes: object) -> dict[str, object]:
     """Return the content of a manifest with changed entries."""
-    return json.loads(json.dumps(WHOLE.__dict__)) | changes
+    return json.loads(json.dumps(asdict(WHOLE))) | changes
 
 
 def assert_refused(folder: Path, told: str) -> None:
@@ -84,8 +86,14 @@ def test_unknown_entries_are_refused(folder):
     ("entry", "value"),
     [
         ("context_length", "long"), ("context_length", -1), ("context_length", 0), ("vocab_size", [1]),
-        ("eos_token_ids", 5), ("eos_token_ids", None), ("eos_token_ids", ["a"]), ("attention_groups", [1]),
-        ("attention_groups", [["a"]]), ("attention_groups", None),
+        ("eos_token_ids", 5), ("eos_token_ids", None), ("eos_token_ids", ["a"]), ("attention", [1]),
+        ("attention", {}), ("attention", {"block_size": 64, "patterns": [{"window": -1}], "layers": [0]}),
+        ("attention", {"block_size": 64, "patterns": [{"windows": 64}], "layers": [0]}),
+        ("attention", {"block_size": 64, "patterns": [{}], "layers": [0, 1]}),
+        ("attention", {"block_size": 63, "patterns": [{}], "layers": [0]}),
+        ("attention", {"block_size": 64, "patterns": [{"window": "a"}], "layers": [0]}),
+        ("attention", {"block_size": 64, "patterns": [{"window": 64, "offsets": [True]}], "layers": [0]}),
+        ("attention", {"block_size": 64, "patterns": 5, "layers": [0]}),
     ],
 )  # fmt: skip
 def test_entry_of_the_wrong_type_is_named(folder, entry, value):

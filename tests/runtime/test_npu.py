@@ -13,6 +13,7 @@ import openvino as ov
 import pytest
 
 from edge_runtime.api import EdgeLLM
+from edge_runtime.attention import longgen
 from edge_runtime.cli import devices as cli_devices
 from edge_runtime.config import LoadConfig
 from edge_runtime.devices import check_device, describe_devices, npu_properties
@@ -187,9 +188,9 @@ def test_nothing_is_moved_to_the_cpu_unless_asked(monkeypatch):
 
 def test_models_that_the_npu_cannot_run_are_refused(tiny_ir, tmp_path):
     folder = tiny_ir("llama")
-    grouped = dataclasses.replace(load_manifest(folder), attention_groups=((0,), (1,)))
-    with pytest.raises(DeviceError, match="attention groups"):
-        StaticModel(folder, grouped, "NPU", LoadConfig(device="NPU"))
+    hybrid = dataclasses.replace(load_manifest(folder), attention=longgen(2, num_full=1))
+    with pytest.raises(DeviceError, match="no kernel for block-sparse attention"):
+        StaticModel(folder, hybrid, "NPU", LoadConfig(device="NPU"))
     text = (folder / "openvino_model.xml").read_text().replace('names="position_ids"', 'names="places"')
     (tmp_path / "openvino_model.xml").write_text(text)
     (tmp_path / "openvino_model.bin").write_bytes((folder / "openvino_model.bin").read_bytes())

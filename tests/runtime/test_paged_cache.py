@@ -45,18 +45,6 @@ def test_growing_keeps_what_is_held(tiny_ir, kv_precision):
     assert np.array_equal(grown.last, roomy.last)
 
 
-def test_groups_with_their_own_block_lists_equal_one_group(tiny_ir):
-    folder = tiny_ir("llama")
-    manifest = load_manifest(folder)
-    split = type(manifest)(**{**manifest.__dict__, "attention_groups": ((1,), (0,))})
-    models = [PagedModel(folder, m, "CPU", LoadConfig(precision="f32")) for m in (manifest, split)]
-    for model in models:
-        model.forward(PROMPT, 1)
-    one, two = (model.forward([5, 6, 7], 3) for model in models)
-    assert len(models[1].groups) == 2
-    assert np.array_equal(one, two)
-
-
 def test_only_wanted_rows_are_computed(tiny_ir):
     model = load(tiny_ir("llama"), precision="f32")
     all_rows = model.forward(PROMPT, len(PROMPT)).copy()

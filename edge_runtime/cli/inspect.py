@@ -1,0 +1,173 @@
+"""`edge-run inspect`: what a model folder holds, without loading the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edge_runtime.cli import console
+
+if TYPE_CHECKING:
+    from edge_runtime.attention import AttentionPattern, LayerPattern
+    from edge_runtime.manifest import Manifest
+
+LONGEST_SHOWN = 131_072
+PICTURED_BLOCKS = 128
+
+
+def inspect(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="A model folder; the embedded target if not given.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw what each layer's heads see: a png, svg or pdf.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens of the picture; by default 128 blocks.")
+    ] = None,
+) -> None:
+    """Show a model's facts: weights, layers, what they see, and what keys and values take at each length of context."""
+    from edge_runtime.attention import FULL, AttentionPattern
+    from edge_runtime.bench.attention_plot import save_pattern_plot
+    from edge_runtime.bench.plot import check_plot
+    from edge_runtime.demo import or_demo
+    from edge_runtime.manifest import load_manifest
+
+    if plot:
+        check_plot(plot)
+    folder = Path(or_demo(model, None)[0])
+    manifest = load_manifest(folder)
+    shape = _shape(folder)
+    attention = manifest.attention or AttentionPattern.of_layers([FULL] * shape["num_layers"])
+    report = _report(folder, manifest, shape, attention)
+    if as_json:
+        console.write_json(report)
+    else:
+        _print_report(report, attention)
+    if plot:
+        tokens = context or PICTURED_BLOCKS * attention.block_size
+        save_pattern_plot(attention, shape["num_heads"], shape["num_kv_heads"], tokens, plot)
+
+
+def _shape(folder: Path) -> dict[str, int]:
+    """Return the sizes of a model's layers, from its config.json.
+
+    Raises:
+        ModelFormatError: It does not say.
+    """
+    from edge_runtime.errors import ModelFormatError
+    from edge_runtime.manifest import read_json
+
+    config = read_json(folder / "config.json")
+    text = config.get("text_config") or config
+    try:
+        layers, heads = (_first(text, *names) for names in (_LAYERS, _HEADS))
+        kv_heads = text.get("num_key_value_heads") or heads
+        head_size = text.get("head_dim") or _first(text, *_HIDDEN) // heads
+    except KeyError as error:
+        raise ModelFormatError(
+            f"`{folder / 'config.json'}` does not say {error}", "copy it from the model this one was made of"
+        ) from error
+    return {"num_layers": layers, "num_heads": heads, "num_kv_heads": kv_heads, "head_size": head_size}
+
+
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_HEADS = ("num_attention_heads", "n_head")
+_HIDDEN = ("hidden_size", "n_embd")
+
+
+def _first(content: dict[str, Any], *names: str) -> int:
+    for name in names:
+        if isinstance(content.get(name), int):
+            return int(content[name])
+    raise KeyError(names[0])
+
+
+def _report(folder: Path, manifest: Manifest, shape: dict[str, int], attention: AttentionPattern) -> dict[str, Any]:
+    from edge_runtime.manifest import weight_bytes
+
+    return {
+        "model": str(folder),
+        "architecture": manifest.architecture,
+        "num_parameters": manifest.num_parameters,
+        "weights": manifest.weights,
+        "weight_bytes": weight_bytes(folder),
+        "vocab_size": manifest.vocab_size,
+        "context_length": manifest.context_length,
+        **shape,
+        "mlp": manifest.mlp and vars(manifest.mlp),
+        "attention": manifest.attention and manifest.attention.to_json(),
+        "kv_bytes": [_kv_bytes(tokens, shape, attention) for tokens in _contexts(manifest.context_length)],
+    }
+
+
+def _contexts(longest: int | None) -> list[int]:
+    """Return six lengths, each twice the one before, up to the model's own."""
+    last = longest or LONGEST_SHOWN
+    return [last >> i for i in range(5, -1, -1) if last >> i]
+
+
+def _kv_bytes(num_tokens: int, shape: dict[str, int], attention: AttentionPattern) -> dict[str, Any]:
+    """Return the bytes of keys and values after so many tokens, one byte a number, without scales."""
+    heads = shape["num_kv_heads"], shape["num_heads"]
+    each = 2 * shape["head_size"]
+    blocks = -(-num_tokens // attention.block_size) * attention.block_size
+    return {
+        "tokens": num_tokens,
+        "bytes": each * attention.held_tokens(num_tokens, *heads),
+        "bytes_if_full": each * blocks * shape["num_kv_heads"] * shape["num_layers"],
+    }
+
+
+def _print_report(report: dict[str, Any], attention: AttentionPattern) -> None:
+    parameters = f"{report['num_parameters'] / 1e6:,.1f} M" if report["num_parameters"] else "not known"
+    lines = {
+        "model": report["model"],
+        "architecture": report["architecture"],
+        "parameters": parameters,
+        "weights": f"{report['weights']}, {report['weight_bytes'] / 1e6:,.1f} MB",
+        "vocabulary": report["vocab_size"],
+        "context": f"{report['context_length'] or 'not known'} tokens",
+        "layers": f"{report['num_layers']}, of {report['num_heads']} query and {report['num_kv_heads']} KV heads of "
+        f"{report['head_size']}",
+        "MLPs": _mlp_words(report["mlp"]),
+    }
+    for name, value in lines.items():
+        print(f"{name:14}{value}")
+    for index, (pattern, layers) in enumerate(zip(attention.patterns, attention.groups, strict=True)):
+        print(f"{'' if index else 'attention':14}{pattern_words(pattern)}: layers {_ranges(layers)}")
+    print(f"\n{'tokens':>10} {'keys and values, u8':>22} {'of full attention':>19}")
+    for row in report["kv_bytes"]:
+        print(f"{row['tokens']:>10,} {row['bytes'] / 1e6:>19,.1f} MB {row['bytes'] / row['bytes_if_full']:>18.1%}")
+
+
+def _mlp_words(mlp: dict[str, Any] | None) -> str:
+    if mlp is None:
+        return "OpenVINO's own ops"
+    share = mlp["activation_sparsity"]
+    return "fused" if not share else f"fused, {share:.0%} of the neurons skipped ({mlp['method']})"
+
+
+def pattern_words(pattern: LayerPattern) -> str:
+    """Say what a layer sees."""
+    if pattern.is_full:
+        return "everything"
+    parts = [f"the last {pattern.window} tokens"]
+    if pattern.sink:
+        parts.append(f"the first {pattern.sink}")
+    if pattern.stride:
+        shards = "" if len(set(pattern.offsets)) == 1 else f" ({len(set(pattern.offsets))} different shards)"
+        parts.append(f"1 block of {pattern.stride}{shards}")
+    if pattern.num_dense_heads:
+        parts.append(f"everything in {pattern.num_dense_heads} heads")
+    return ", ".join(parts)
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """Return numbers as ranges: 0-9, 22-31."""
+    starts = [n for n in layers if n - 1 not in layers]
+    ends = [n for n in layers if n + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

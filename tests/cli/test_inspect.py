@@ -1,0 +1,62 @@
+"""`edge-run inspect`: facts that a person can check by hand, and a picture of what the layers see."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from edge_runtime.attention import longgen, s2
+from edge_runtime.manifest import load_manifest
+
+
+@pytest.fixture
+def hybrid(copy_of):
+    """A model of two layers and two KV heads of 16, one layer of them strided."""
+    folder = copy_of()
+    pattern = s2(2, 2, window=16, stride=2, dense_every=2, block_size=16)
+    dataclasses.replace(load_manifest(folder), attention=pattern, context_length=1024).save(folder)
+    return folder
+
+
+def test_keys_and_values_are_counted(edge_run, hybrid):
+    """Layer 0 holds the last block and half of the 63 before it, layer 1 all; 2 heads, 32 numbers a token and head."""
+    report = edge_run("inspect", hybrid, "--json").json
+    last = report["kv_bytes"][-1]
+    assert last["tokens"] == 1024
+    assert last["bytes_if_full"] == 2 * 2 * 32 * 1024
+    assert last["bytes"] == 32 * (2 * 1024 + 16 * (2 * 1 + 32 + 31))
+    assert report["num_layers"] == report["num_kv_heads"] == 2
+
+
+def test_it_reads_as_words(edge_run, hybrid):
+    out = edge_run("inspect", hybrid).out
+    assert "the last 16 tokens, 1 block of 2 (2 different shards): layers 0\n" in out
+    assert "everything: layers 1\n" in out
+    assert "1,024" in out
+
+
+def test_the_embedded_model_is_the_default(edge_run):
+    assert "everything: layers 0-5" in edge_run("inspect").out
+
+
+def test_the_picture_is_drawn(edge_run, hybrid, tmp_path):
+    pytest.importorskip("matplotlib")
+    edge_run("inspect", hybrid, "--plot", tmp_path / "seen.png")
+    assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("pattern", [longgen(6, window=128), longgen(4, num_full=0, window=64), s2(3, 4, stride=12)])
+def test_every_pattern_can_be_drawn(pattern, tmp_path):
+    pytest.importorskip("matplotlib")
+    from edge_runtime.bench.attention_plot import save_pattern_plot
+
+    save_pattern_plot(pattern, 4, 4, 3000, tmp_path / "seen.svg")
+    assert (tmp_path / "seen.svg").read_text().startswith("<?xml")
+
+
+def test_a_folder_without_layer_sizes_is_named(edge_run, hybrid):
+    (hybrid / "config.json").write_text("{}")
+    failed = edge_run("inspect", hybrid)
+    assert failed.code == 1
+    assert "config.json` does not say 'num_hidden_layers'" in failed.err
