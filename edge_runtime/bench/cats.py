@@ -54,7 +54,7 @@ class CatsBench:
 
     def __init__(self, settings: CatsSettings) -> None:
         self._settings = settings
-        self._bytes_read = _byte_counter()
+        self._bytes_read = byte_counter()
         self._bandwidth = read_bandwidth()
         self._rows: list[dict[str, Any]] = []
 
@@ -224,7 +224,7 @@ def _compiled(make: Callable[[Any], Any], hidden: int, properties: dict[str, Any
     return run
 
 
-def _byte_counter() -> Callable[[], int]:
+def byte_counter() -> Callable[[], int]:
     """Return how to ask the library for the bytes of weights that the op has read in decoding."""
     import ov_kernels
 

@@ -47,3 +47,27 @@ def _draw(axes: Any, rows: Rows) -> None:
     axes.set_xlabel("dead activations")
     axes.set_ylabel("speed / our op without thresholds")
     axes.legend(frameon=False)
+
+
+def save_model_plot(rows: Rows, path: Path) -> None:
+    """Draw the rows of `CatsModelBench`: by tokens of a step, speed beside the dense op's and what is read."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    speed, read = figure.subplots(1, 2)
+    steps = [row for row in rows if row["rows"]]
+    dense = {row["rows"]: row["ms"] for row in steps if row["impl"] == "dense"}
+    for name in ("cats", "openvino"):
+        group = [row for row in steps if row["impl"] == name]
+        counts = [row["rows"] for row in group]
+        speed.plot(counts, [dense[row["rows"]] / row["ms"] for row in group], "o-", label=name)
+        if name == "cats":
+            read.plot(counts, [row["mlp_read"] for row in group], "o-")
+    speed.axhline(1, color="gray", linewidth=0.8)
+    speed.set_ylabel("speed / our op without thresholds")
+    speed.legend(frameon=False)
+    read.set_ylabel("share of the MLPs' bytes read")
+    read.set_ylim(0, 1.05)
+    for axes in (speed, read):
+        axes.set_xlabel("tokens of a step, consecutive in the text")
+    save_figure(figure, path)

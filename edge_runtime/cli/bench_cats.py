@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from edge_runtime.bench.settings import CatsSettings
 from edge_runtime.cli import INTERRUPTED, console
-
-if TYPE_CHECKING:
-    pass
+from edge_runtime.errors import ConfigError
 
 _LEGEND = """
 dead        share of activations that thresholds drop; openvino and dense have none
@@ -35,9 +33,20 @@ def bench_cats(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw time by sparsity: a png, svg or pdf.")
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Measure this whole model, exported with --cats, in place of one MLP."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --model: for perplexity, and what blocks of it read.")
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the text that are read.")] = 51_200,
 ) -> None:
     """Measure one gated MLP in OpenVINO's own ops, in our op without thresholds, and with shares of dead neurons, in
-    turns."""
+    turns; or a whole model the same ways, with its perplexity."""
+    if model:
+        _bench_model(model, text, text_tokens, plot, as_json)
+        return
     from edge_runtime.bench.cats import CatsBench
     from edge_runtime.bench.cats_plot import save_plot
     from edge_runtime.bench.plot import check_plot
@@ -66,6 +75,42 @@ def bench_cats(
         save_plot(made, plot)
     if is_interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _bench_model(model: Path, text: Path | None, text_tokens: int, plot: Path | None, as_json: bool) -> None:
+    from edge_runtime.bench.cats_model import CatsModelBench
+    from edge_runtime.bench.cats_plot import save_model_plot
+    from edge_runtime.bench.plot import check_plot
+    from edge_runtime.devices import describe_devices
+
+    if text is None or not text.is_file():
+        raise ConfigError(f"the text is `{text}`, expected a file for --model", "add `--text FILE`")
+    if plot:
+        check_plot(plot)
+    bench = CatsModelBench(model, text, text_tokens)
+    is_interrupted = console.run_with_progress(bench, "parts", bench.num_cells)
+    made = bench.rows()
+    if as_json:
+        machine = {"devices": describe_devices(), "openvino": version("openvino")}
+        console.write_json({"model": str(model), "text": str(text), **machine, "rows": made})
+    else:
+        _print_model(made)
+    if plot:
+        save_model_plot(made, plot)
+    if is_interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _print_model(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        if row["rows"] is None:
+            print(f"{row['impl']:9} perplexity {row['perplexity']:.3f} over {row['tokens']:,} tokens")
+    print(f"\n{'tokens of a step':>16} {'impl':9} {'ms':>22} {'of dense':>9} {'MLP bytes read':>15}")
+    steps = [row for row in rows if row["rows"]]
+    for row in steps:
+        dense = next(other["ms"] for other in steps if (other["impl"], other["rows"]) == ("dense", row["rows"]))
+        took = f"{row['ms']:.2f} ({row['ms_p10']:.2f}-{row['ms_p90']:.2f})"
+        print(f"{row['rows']:16} {row['impl']:9} {took:>22} {dense / row['ms']:9.2f} {row['mlp_read']:15.0%}")
 
 
 def _print_tables(rows: list[dict[str, Any]]) -> None:

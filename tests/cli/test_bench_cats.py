@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from tests.tiny_models import SENTENCES, make_hf_model
+
 pytestmark = pytest.mark.kernels
 
 SMALL = ("--hidden", 256, "--ffn", 512, "--rounds", 1)
@@ -64,3 +66,45 @@ def test_bad_options_are_one_line(bench, flags, says):
     assert done.code != 0
     assert says in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.fixture(scope="module")
+def sparse_model(tmp_path_factory):
+    """A tiny model that was exported to skip half of its neurons, and a text."""
+    from edge_export.convert import export_model
+
+    folder = tmp_path_factory.mktemp("sparse")
+    text = folder / "text.txt"
+    text.write_text(" ".join(SENTENCES) * 40, encoding="utf-8")
+    source = make_hf_model("llama", folder / "hf", hidden_size=128, intermediate_size=512)
+    export_model(source, folder / "ir", weights="int8", cats=0.5, calibration_text=text)
+    return folder / "ir", text
+
+
+def test_a_whole_model_is_measured_on_real_text(edge_run, sparse_model, tmp_path):
+    """Skipping changes the perplexity, OpenVINO's ops do not; more tokens of a step read more, at most everything."""
+    folder, text = sparse_model
+    done = edge_run("bench", "cats", "--model", folder, "--text", text, "--text-tokens", 600, "--json")
+    assert done.code == 0
+    rows = done.json["rows"]
+    cats, dense, stock = (row["perplexity"] for row in rows[:3])
+    assert [row["impl"] for row in rows[:3]] == ["cats", "dense", "openvino"]
+    assert cats != dense == pytest.approx(stock, rel=0.02)
+    read = [row["mlp_read"] for row in rows[3:] if row["impl"] == "cats"]
+    assert len(read) == 8
+    assert 1 / 3 < read[0] < 0.85
+    assert read[0] < read[3] <= read[7] <= 1
+    assert {row["mlp_read"] for row in rows[3:] if row["impl"] != "cats"} == {1.0}
+
+
+def test_a_model_that_skips_nothing_is_refused(edge_run, model, sparse_model):
+    done = edge_run("bench", "cats", "--model", model, "--text", sparse_model[1])
+    assert done.code == 2
+    assert "skips no neurons" in done.err
+
+
+@pytest.mark.parametrize("flags", [(), ("--text", "nowhere.txt")])
+def test_a_model_needs_a_text(edge_run, sparse_model, flags):
+    done = edge_run("bench", "cats", "--model", sparse_model[0], *flags)
+    assert done.code == 2
+    assert "expected a file for --model" in done.err
