@@ -2,11 +2,13 @@
 
 Each variant is loaded in fresh processes, in turn, after one load of each that fills the system's file cache. Resident
 memory is read after one answer, when plugins have packed their weights; anonymous is the part that no file backs, which
-the system cannot drop.
+the system cannot drop. A plugin packs its weights in the first run, not while it loads, so the time that is compared is
+that from the start of loading to the end of an answer of 8 tokens; `load_s` alone includes the trial of both forms.
 
     python benchmarks/cats_memory.py FOLDER... [--rounds 5] [--json]
 
-The first FOLDER is the one to compare with; benchmarks/cats_speed.py --work-dir makes `stock-int8`, `dense-int8` and `cats-int8`.
+The first FOLDER is the one to compare with; benchmarks/cats_speed.py --work-dir makes `stock-int8`, `dense-int8` and
+`cats-int8`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +63,8 @@ def in_fresh_process(folder: Path, made: list[dict[str, float]]) -> float:
 def measure(folders: list[Path], rounds: int) -> list[dict[str, Any]]:
     """Return the median and the spread of each figure of each folder."""
     made: dict[str, list[dict[str, float]]] = {folder.name: [] for folder in folders}
-    interleave({f.name: lambda f=f: in_fresh_process(f, made[f.name]) for f in folders}, rounds, warmup=1)
+    runs = {folder.name: partial(in_fresh_process, folder, made[folder.name]) for folder in folders}
+    interleave(runs, rounds, warmup=1)
     return [
         {"model": name, **{figure: spread([run[figure] for run in runs[1:]]) for figure in runs[0]}}
         for name, runs in made.items()
@@ -83,7 +87,7 @@ def main() -> None:
     checks = {
         f"{row['model']}: {figure} no higher than that of {stock['model']}": row[figure].median <= stock[figure].p90
         for row in rows[1:]
-        for figure in ("load_s", "resident_mib")
+        for figure in ("first_answer_s", "resident_mib")
     }
     sys.exit(report({"rows": rows, "machine": machine()}, checks, options.json))
 

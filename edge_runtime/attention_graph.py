@@ -7,8 +7,9 @@ says what its layers see. Layers that are sliding by nature (Gemma, Mistral) say
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import openvino as ov
 from openvino import opset13
 
@@ -81,10 +82,15 @@ def use_block_sparse_attention(
     layers = attention_ops(model)
     _refuse_other_terms(layers)
     found = pattern or AttentionPattern.of_layers([_natural_pattern(layer) for layer in layers])
-    attention = BlockAttention(found, [_heads(layer) for layer in layers])
+    attention = BlockAttention(found, layer_heads(model))
     _check(attention)
     _replace(model, layers, attention, kv_type(config))
     return attention
+
+
+def layer_heads(model: ov.Model) -> list[tuple[int, int]]:
+    """Return H and H_kv of each layer of a model with PagedAttention."""
+    return [_heads(layer) for layer in attention_ops(model)]
 
 
 def kv_type(config: LoadConfig) -> str:
@@ -130,58 +136,77 @@ def _check(attention: BlockAttention) -> None:
 def _replace(model: ov.Model, layers: list[Any], attention: BlockAttention, kept_as: str) -> None:
     """Put an op of ours in the place of each layer's, and cache and table inputs in the place of the stock ones."""
     ov_kernels.add_to(core(), required=True)
-    parameters = [_parameter(block_table_input(i), [-1, -1, -1], "i32") for i in range(len(attention.pattern.patterns))]
+    pattern = attention.pattern
+    tables = [parameter(block_table_input(number), [-1, -1, -1], np.int32) for number in range(len(pattern.patterns))]
+    caches = []
     for number, layer in enumerate(layers):
-        (num_heads, num_kv_heads), block_size = attention.heads[number], attention.pattern.block_size
-        pattern = attention.pattern.of_layer(number)
-        sizes = [_fact(layer, name) for name in ("k_head_size", "v_head_size")]
-        cache = _parameter(
-            cache_input(number), [-1, ov_kernels.attention_block_bytes(block_size, *sizes, kept_as)], "u8"
-        )
-        parameters.append(cache)
-        inputs = [
-            *(layer.input_value(i) for i in range(3)),
-            cache.output(0),
-            layer.input_value(5),
-            layer.input_value(6),
-        ]
-        table = parameters[attention.pattern.layers[number]]
-        ours = _create(
-            [*inputs, table.output(0)],
-            {
-                "num_heads": num_heads,
-                "num_kv_heads": num_kv_heads,
-                "block_size": block_size,
-                "scale": _scale(layer, sizes[0]),
-                "kv_type": kept_as,
-                "window": -1 if pattern.window is None else pattern.window,
-                "by_tokens": pattern.by_tokens,
-                "sink": pattern.sink,
-                "strides": pattern.head_strides(num_heads).tolist(),
-                "offsets": pattern.head_offsets(num_heads).tolist(),
-            },
+        key_size, value_size = (_fact(layer, name) for name in ("k_head_size", "v_head_size"))
+        shape = LayerShape(*attention.heads[number], key_size, value_size)
+        caches.append(parameter(cache_input(number), [-1, block_bytes(shape, pattern.block_size, kept_as)], np.uint8))
+        stock = [layer.input_value(port) for port in (0, 1, 2, 5, 6)]
+        inputs = [*stock[:3], caches[-1].output(0), *stock[3:], tables[pattern.layers[number]].output(0)]
+        ours = attention_op(
+            inputs, shape, pattern.of_layer(number), pattern.block_size, kept_as, _scale(layer, key_size)
         )
         ours.set_friendly_name(layer.get_friendly_name())
         layer.output(0).replace(ours.output(0))
-    model.add_parameters(parameters)
-    for parameter in model.get_parameters():
-        if not parameter.output(0).get_target_inputs():
-            model.remove_parameter(parameter)
+    model.add_parameters([*tables, *caches])
+    for unused in [p for p in model.get_parameters() if not p.output(0).get_target_inputs()]:
+        model.remove_parameter(unused)
     model.validate_nodes_and_infer_types()
 
 
-def _create(inputs: list[Any], attributes: dict[str, Any]) -> Any:
+class LayerShape(NamedTuple):
+    """Sizes of one layer's attention: H, H_kv, and D of keys and of values."""
+
+    num_heads: int
+    num_kv_heads: int
+    key_size: int
+    value_size: int
+
+
+def block_bytes(shape: LayerShape, block_size: int, kept_as: str) -> int:
+    """Return the bytes of one block of keys and values of one KV head."""
+    return ov_kernels.attention_block_bytes(block_size, shape.key_size, shape.value_size, kept_as)
+
+
+def attention_op(
+    inputs: list[Any], shape: LayerShape, pattern: LayerPattern, block_size: int, kept_as: str, scale: float
+) -> Any:
+    """Return our op as a node.
+
+    Args:
+        inputs: Query, key and value of T tokens, cache, past_lens, subsequence_begins and block table.
+        shape: Of the layer.
+        pattern: What it sees.
+        block_size: Tokens of a block.
+        kept_as: One of KV_TYPES.
+        scale: Of the products of queries and keys.
+    """
     from openvino.utils.node_factory import NodeFactory
 
     factory = NodeFactory()
     factory.add_extension(str(ov_kernels.library_path()))
+    attributes = {
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "block_size": block_size,
+        "scale": scale,
+        "kv_type": kept_as,
+        "window": -1 if pattern.window is None else pattern.window,
+        "by_tokens": pattern.by_tokens,
+        "sink": pattern.sink,
+        "strides": pattern.head_strides(shape.num_heads).tolist(),
+        "offsets": pattern.head_offsets(shape.num_heads).tolist(),
+    }
     return factory.create(OP_TYPE, inputs, attributes)
 
 
-def _parameter(name: str, shape: list[int], kind: str) -> Any:
-    parameter = opset13.parameter(shape, kind, name=name)
-    parameter.output(0).set_names({name})
-    return parameter
+def parameter(name: str, shape: list[int], kind: type[np.generic]) -> Any:
+    """Return an input of a model."""
+    made = opset13.parameter(shape, kind, name=name)
+    made.output(0).set_names({name})
+    return made
 
 
 def _heads(layer: Any) -> tuple[int, int]:

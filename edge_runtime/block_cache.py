@@ -169,7 +169,13 @@ class _Group:
         self._request.set_tensor(block_table_input(self._number), ov.Tensor(tables, shared_memory=True))
 
     @property
+    def inputs(self) -> list[str]:
+        """Names of the layers' cache inputs."""
+        return list(self._block_bytes)
+
+    @property
     def block_bytes(self) -> int:
+        """Bytes of one block in all layers."""
         return sum(self._block_bytes.values())
 
 
@@ -231,9 +237,9 @@ class BlockCache:
         return kept
 
     @property
-    def kv_bytes(self) -> int:
-        """Bytes allocated."""
-        return sum(group.table.num_blocks * group.block_bytes for group in self._groups)
+    def tensors(self) -> list[ov.Tensor]:
+        """All memory of keys and values."""
+        return [self._request.get_tensor(name) for group in self._groups for name in group.inputs]
 
     @property
     def block_bytes(self) -> int:

@@ -49,8 +49,8 @@ class KvCache(Protocol):
         """Let the next inference continue B sequences: (B,) tokens of each that are there, and (B, n) their blocks."""
 
     @property
-    def kv_bytes(self) -> int:
-        """Bytes allocated."""
+    def tensors(self) -> list[ov.Tensor]:
+        """All memory of keys and values."""
 
     @property
     def block_bytes(self) -> int:
@@ -116,14 +116,14 @@ class StockCache:
         return num_tokens
 
     @property
-    def kv_bytes(self) -> int:
-        """Bytes allocated."""
-        return sum(int(self._request.get_tensor(port).get_byte_size()) for port in self._ports.values())
+    def tensors(self) -> list[ov.Tensor]:
+        """All memory of keys and values."""
+        return [self._request.get_tensor(port) for port in self._ports.values()]
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block of tokens in all layers."""
-        return self.kv_bytes // self._num_blocks
+        return sum(int(tensor.get_byte_size()) for tensor in self.tensors) // self._num_blocks
 
     def _bind(self, name: str, values: NDArray[np.int32]) -> NDArray[np.int32]:
         self._memory[name] = values  # the tensor only points into it

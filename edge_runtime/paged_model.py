@@ -17,7 +17,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 import ov_kernels
-from edge_runtime.attention_graph import kv_type, use_block_sparse_attention
+from edge_runtime.attention_graph import kv_type, layer_heads, use_block_sparse_attention
 from edge_runtime.block_cache import BlockCache
 from edge_runtime.config import LoadConfig
 from edge_runtime.devices import compile_properties, core, num_threads
@@ -50,6 +50,7 @@ class PagedModel:
     def __init__(self, folder: Path, manifest: Manifest, device: str, config: LoadConfig) -> None:
         model, weight_bytes = read_model(folder)
         to_paged_attention(model)
+        self.layer_heads = layer_heads(model)
         attention = use_block_sparse_attention(model, manifest.attention, device, config)
         properties = compile_properties(device, config, weight_bytes, weight_group_size(model))
         self._mlp = choose_mlps(model, manifest, device, config, properties)
@@ -137,7 +138,7 @@ class PagedModel:
     @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return self.cache.kv_bytes
+        return sum(int(tensor.get_byte_size()) for tensor in self.cache.tensors)
 
     @property
     def properties(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `edge-run bench draft` and `bench cats` can be told, and the defaults."""
+"""What the commands of `edge-run bench` can be told, and the defaults."""
 
 from __future__ import annotations
 
@@ -70,3 +70,45 @@ class CatsSettings:
             raise ConfigError(f"rows is {self.rows} and rounds {self.rounds}, expected numbers of at least 1")
         if any(not 0 < share < 1 for share in self.sparsity):
             raise ConfigError(f"sparsity is {self.sparsity}, expected shares between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSettings:
+    """What to measure.
+
+    Attributes:
+        contexts: Tokens.
+        strides: Of S2-Attention, in blocks.
+        window: Of S2-Attention, in tokens.
+        kept: Tokens that a sparse layer of LongGen keeps, sink and window together.
+        chunk: Tokens of a prefill step.
+        num_heads: H of one layer.
+        num_kv_heads: H_kv.
+        head_size: D.
+        rounds: Runs of each variant that count.
+        longest_peer: Contexts beyond are not measured with OpenVINO's own attention, which takes long there.
+    """
+
+    contexts: tuple[int, ...] = tuple(4096 << i for i in range(6))
+    strides: tuple[int, ...] = (8, 16, 64)
+    window: int = 1024
+    kept: int = 2048
+    chunk: int = 512
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_size: int = 128
+    rounds: int = 7
+    longest_peer: int = 131_072
+
+    def __post_init__(self) -> None:
+        for name in ("window", "kept", "chunk", "num_heads", "num_kv_heads", "head_size", "rounds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"{self.num_heads} heads cannot share {self.num_kv_heads} KV heads evenly")
+        if not self.contexts or min(self.contexts) < 2 * self.chunk:
+            raise ConfigError(
+                f"contexts are {list(self.contexts)}, expected at least two chunks of {self.chunk} tokens"
+            )
+        if any(stride < 1 for stride in self.strides):
+            raise ConfigError(f"strides are {list(self.strides)}, expected numbers of blocks")

@@ -1,0 +1,246 @@
+"""Ways to compute attention at a given place of a long context, without having computed what comes before.
+
+Caches are filled with zeros, which no kernel can tell from a text: time does not depend on the numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from openvino import opset13
+
+import ov_kernels
+from edge_runtime.attention import AttentionPattern
+from edge_runtime.attention_graph import LayerShape, attention_op, block_bytes, parameter
+from edge_runtime.block_cache import NARROW, BlockTable
+from edge_runtime.config import LoadConfig
+from edge_runtime.devices import compile_properties, core
+from edge_runtime.paged_cache import StockCache, aligned_bytes
+from edge_runtime.paged_model import PagedModel
+
+KV_TYPE = "u8"
+COLD_BYTES = 96 << 20
+"""A layer's caches are repeated up to this, so that no processor's cache holds them."""
+STRIDE_OF_PLACES = 512
+"""Tokens that enter a cache at once where none are computed."""
+
+
+class Case(NamedTuple):
+    """What a model's layers see, by name; `stride` is 0 where there is none."""
+
+    name: str
+    stride: int
+    pattern: AttentionPattern
+
+
+class Variant(Protocol):
+    """One way to compute, at a context that only grows.
+
+    Attributes:
+        impl: `edge` or `genai`.
+        case: What is seen.
+    """
+
+    impl: str
+    case: Case
+
+    def place(self, past: int, end: int) -> None:
+        """Hold `past` tokens, and make room for those up to `end`."""
+
+    def step(self, count: int) -> None:
+        """Compute `count` tokens after those held; the next step computes them again."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+
+
+class OwnLayer:
+    """Our op alone, with the blocks that its pattern holds."""
+
+    impl = "edge"
+
+    def __init__(self, shape: LayerShape, case: Case) -> None:
+        self.case = case
+        block_size = case.pattern.block_size
+        self._table = BlockTable(case.pattern.of_layer(0), block_size, shape.num_heads, shape.num_kv_heads)
+        self._block_bytes, self._held = block_bytes(shape, block_size, KV_TYPE), 0
+        ov_kernels.add_to(core(), required=True)
+        tokens = _token_inputs(shape)
+        cache = parameter("cache", [-1, self._block_bytes], np.uint8)
+        spans = [parameter(name, [-1], np.int32) for name in ("past_lens", "subsequence_begins")]
+        table = parameter("block_table", [-1, -1, -1], np.int32)
+        inputs = [*tokens, cache, *spans, table]
+        op = attention_op(
+            [node.output(0) for node in inputs],
+            shape,
+            case.pattern.of_layer(0),
+            block_size,
+            KV_TYPE,
+            shape.key_size**-0.5,
+        )
+        compiled = core().compile_model(ov.Model([op.output(0)], inputs), "CPU", _properties())
+        self._request = compiled.create_infer_request()
+        self._tokens = _Tokens(self._request, shape)
+        self._past = np.zeros(1, np.int32)
+        self._request.set_tensor("past_lens", ov.Tensor(self._past, shared_memory=True))
+        self._memory: list[NDArray[np.uint8]] = []
+
+    def place(self, past: int, end: int) -> None:
+        """Hold `past` tokens, and make room for those up to `end`."""
+        self._table.widen(-(-end // self.case.pattern.block_size))
+        for begin in [*range(self._held, past, STRIDE_OF_PLACES), past]:
+            self._table.leave(begin)
+            until = min(begin + STRIDE_OF_PLACES, past) if begin < past else end
+            wanted = self._table.wanted_blocks(until, until - begin <= NARROW)
+            if wanted != self._table.num_blocks:
+                self._table.resize(wanted)
+            self._table.enter(until)
+        self._held = end
+        self._past[0] = past
+        size = self._table.num_blocks * self._block_bytes
+        self._memory = []  # before the new one is taken
+        self._memory = [_touched(size) for _ in range(max(1, COLD_BYTES // size))]
+        self._request.set_tensor("block_table", ov.Tensor(self._table.table[None].copy()))
+
+    def step(self, count: int) -> None:
+        """Compute `count` tokens after those held."""
+        self._memory.append(self._memory.pop(0))
+        shape = ov.Shape([self._table.num_blocks, self._block_bytes])
+        self._request.set_tensor("cache", ov.Tensor(self._memory[0], shape, ov.Type.u8))
+        self._tokens.run(count)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return self._table.num_blocks * self._block_bytes
+
+
+class StockLayer:
+    """OpenVINO's PagedAttention alone, which openvino.genai runs; source of its 28 inputs: op/paged_attention.hpp."""
+
+    impl = "genai"
+
+    def __init__(self, shape: LayerShape, case: Case) -> None:
+        self.case = case
+        tokens = _token_inputs(shape)
+        caches = [_any_parameter(f"{name}_cache.0") for name in ("key", "value")]
+        names = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
+        spans = [parameter(name, [-1], np.int32) for name in names]
+        longest = parameter("max_context_len", [], np.int32)
+        inputs = [*tokens, *caches, *spans, longest]
+        none, zero = _constant([], np.int32), _constant(0, np.int32)
+        floats, sinks = _constant([], np.float32), opset13.constant(np.zeros((0, 0, 0, 0), np.float32))
+        scale = _constant(shape.key_size**-0.5, np.float32)
+        ports = [*tokens, *caches, *spans, scale, zero, floats, longest, none, none, none, floats, floats, zero, zero]
+        ports += [sinks, zero, none, none, none, none, _constant([], np.uint8), none]
+        op = ov.op._PagedAttentionExtension([node.output(0) for node in ports])
+        facts = op.get_rt_info()
+        for name, value in zip(("num_k_heads", "num_v_heads"), [shape.num_kv_heads] * 2, strict=True):
+            facts[name] = value
+        facts["k_head_size"], facts["v_head_size"] = shape.key_size, shape.value_size
+        compiled = core().compile_model(ov.Model([op.output(0)], inputs), "CPU", _properties())
+        self._request = compiled.create_infer_request()
+        self._tokens = _Tokens(self._request, shape)
+        self._cache = StockCache(compiled, self._request, "CPU")
+
+    def place(self, past: int, end: int) -> None:
+        """Hold `past` tokens, and make room for those up to `end`."""
+        self._cache.reserve(end)
+        for tensor in self._cache.tensors:
+            tensor.data.fill(0)
+        self._span = past
+
+    def step(self, count: int) -> None:
+        """Compute `count` tokens after those held."""
+        self._cache.hold(self._span, self._span + count)
+        self._tokens.run(count)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(tensor.get_byte_size() for tensor in self._cache.tensors)
+
+
+class WholeModel:
+    """A decoder whose layers see what a pattern says."""
+
+    def __init__(self, impl: str, case: Case, model: PagedModel) -> None:
+        self.impl, self.case, self._model = impl, case, model
+        self._past = 0
+
+    def place(self, past: int, end: int) -> None:
+        """Hold `past` tokens, and make room for those up to `end`."""
+        model = self._model
+        model.reserve(end)
+        for begin in range(model.num_tokens, past, STRIDE_OF_PLACES):
+            model.cache.hold(begin, min(begin + STRIDE_OF_PLACES, past))
+        model.cache.hold(past, end)
+        for tensor in model.cache.tensors:
+            tensor.data.fill(0)
+        self._past = model.num_tokens = past
+
+    def step(self, count: int) -> None:
+        """Compute `count` tokens after those held."""
+        self._model.forward([0] * count, 1)
+        kept = self._model.rollback(self._past)
+        assert kept == self._past, "a step frees nothing that its own tokens see"
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return self._model.kv_bytes
+
+
+def _properties() -> dict[str, Any]:
+    return compile_properties("CPU", LoadConfig(kv_precision=KV_TYPE), 1 << 40, None)
+
+
+def _token_inputs(shape: LayerShape) -> list[Any]:
+    widths = {
+        "query": shape.num_heads * shape.key_size,
+        "key": shape.num_kv_heads * shape.key_size,
+        "value": shape.num_kv_heads * shape.value_size,
+    }
+    return [parameter(name, [-1, width], np.float32) for name, width in widths.items()]
+
+
+class _Tokens:
+    """The same random tokens for every step of one width."""
+
+    def __init__(self, request: ov.InferRequest, shape: LayerShape) -> None:
+        self._request, self._count = request, 0
+        self._widths = {node.get_friendly_name(): _width(node) for node in _token_inputs(shape)}
+
+    def run(self, count: int) -> None:
+        if count != self._count:
+            random, self._count = np.random.default_rng(count), count
+            for name, width in self._widths.items():
+                values = random.standard_normal((count, width), dtype=np.float32)
+                self._request.set_tensor(name, ov.Tensor(values))
+            self._request.set_tensor("subsequence_begins", ov.Tensor(np.array([0, count], np.int32)))
+        self._request.start_async()
+        self._request.wait()
+
+
+def _width(node: Any) -> int:
+    return int(node.output(0).get_partial_shape()[1].get_length())
+
+
+def _touched(size: int) -> NDArray[np.uint8]:
+    memory = aligned_bytes(size)
+    memory.fill(0)
+    return memory
+
+
+def _any_parameter(name: str) -> Any:
+    made = opset13.parameter(ov.PartialShape.dynamic(4), ov.Type.dynamic, name=name)
+    made.output(0).set_names({name})
+    return made
+
+
+def _constant(value: Any, kind: type[np.generic]) -> Any:
+    return opset13.constant(np.array(value, kind))
