@@ -18,7 +18,7 @@ from edge_runtime.attention import FULL, AttentionPattern, LayerPattern
 from edge_runtime.config import LoadConfig
 from edge_runtime.devices import core, kv_precision
 from edge_runtime.errors import ConfigError, DeviceError, ModelFormatError
-from edge_runtime.paged_graph import attention_ops
+from edge_runtime.paged_graph import STOCK_OP, attention_ops
 
 OP_TYPE = "BlockSparseAttention"
 KV_TYPES = ("f32", "bf16", "u8")
@@ -151,9 +151,16 @@ def _replace(model: ov.Model, layers: list[Any], attention: BlockAttention, kept
         ours.set_friendly_name(layer.get_friendly_name())
         layer.output(0).replace(ours.output(0))
     model.add_parameters([*tables, *caches])
-    for unused in [p for p in model.get_parameters() if not p.output(0).get_target_inputs()]:
+    for unused in [
+        p for p in model.get_parameters() if all(_is_stock(user) for user in p.output(0).get_target_inputs())
+    ]:
         model.remove_parameter(unused)
     model.validate_nodes_and_infer_types()
+
+
+def _is_stock(user: Any) -> bool:
+    """Whether an input belongs to one of the ops that were replaced, which live on as long as someone holds them."""
+    return bool(user.get_node().get_type_name() == STOCK_OP)
 
 
 class LayerShape(NamedTuple):
@@ -230,4 +237,12 @@ def _natural_pattern(layer: Any) -> LayerPattern:
 
 
 def _constant(layer: Any, number: int) -> list[float]:
+    """Return the values of an input that depends on no input of the model; exporters may compute it in steps."""
+    value = layer.input_value(number)
+    if value.get_node().get_type_name() != "Constant":
+        from openvino.passes import ConstantFolding, Manager
+
+        folding = Manager()
+        folding.register_pass(ConstantFolding())
+        folding.run_passes(ov.Model([value], []))
     return list(layer.input_value(number).get_node().data.ravel())

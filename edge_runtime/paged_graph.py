@@ -19,6 +19,7 @@ from openvino import opset13
 from edge_runtime.errors import ModelFormatError
 
 LOGITS_ROWS = "logits_rows"
+STOCK_OP = "PagedAttentionExtension"
 ROW_WISE_OPS = ("Add", "Multiply", "Divide", "Tanh", "Convert", "Reshape", "Squeeze", "Unsqueeze", "Subtract")
 """What may stand between the last matrix product and the logits: soft-capping, scaling, a bias, layout."""
 
@@ -53,7 +54,7 @@ def to_paged_attention(model: ov.Model) -> None:
 
 def attention_ops(model: ov.Model) -> list[ov.Node]:
     """Return the PagedAttention ops in layer order, which is the order of their cache inputs."""
-    ops = [node for node in model.get_ordered_ops() if node.get_type_name() == "PagedAttentionExtension"]
+    ops = [node for node in model.get_ordered_ops() if node.get_type_name() == STOCK_OP]
     return sorted(ops, key=_layer_number)
 
 

@@ -97,3 +97,42 @@ def _kinds(
     is_near = blocks >= pattern.local_start(max(0, num_tokens - 1), block_size) // block_size
     is_kept = pattern.kept_blocks(blocks, num_kv_heads, num_heads, block_size)
     return np.where(is_near, 1, np.where(is_sink, 2, np.where(is_kept, 3, 0)))
+
+
+def save_time_plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the rows of `AttentionBench`: time by context, a picture for each scope and phase.
+
+    Args:
+        rows: Of a report.
+        path: Checked by `bench.plot.check_plot`.
+    """
+    from matplotlib.figure import Figure
+
+    parts = list(dict.fromkeys((row["scope"], row["phase"]) for row in rows))
+    figure = Figure(figsize=(5.2 * len(parts), 4.6), layout="constrained")
+    for axes, (scope, phase) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        _draw_times(axes, [row for row in rows if (row["scope"], row["phase"]) == (scope, phase)])
+        axes.set_title(f"{'one layer' if scope == 'layer' else 'whole model'}, {phase}")
+    save_figure(figure, path)
+
+
+def _draw_times(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Lines of measured ms on logarithmic axes; dots where the formula puts a pattern, from our full attention."""
+    kinds = list(dict.fromkeys((row["impl"], row["pattern"], row["stride"]) for row in rows))
+    full = {row["context"]: row["ms"] for row in rows if (row["impl"], row["pattern"]) == ("edge", "full")}
+    for index, (impl, pattern, stride) in enumerate(kinds):
+        group = [row for row in rows if (row["impl"], row["pattern"], row["stride"]) == (impl, pattern, stride)]
+        contexts, style = [row["context"] for row in group], {"color": f"C{index}"}
+        label = f"{impl}, {pattern}" + (f"/{stride}" if stride else "")
+        axes.plot(contexts, [row["ms"] for row in group], "s--" if impl == "genai" else "o-", label=label, **style)
+        if impl == "edge" and pattern != "full" and group[0]["formula_ratio"]:
+            expected = [full[row["context"]] / row["formula_ratio"] for row in group]
+            axes.plot(contexts, expected, ":", **style)
+    axes.plot([], [], "k:", label="expected from full")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    contexts = sorted({row["context"] for row in rows})
+    axes.set_xticks(contexts, [f"{context // 1024}K" if context >= 1024 else str(context) for context in contexts])
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel("ms")
+    axes.legend(frameon=False, fontsize=8)

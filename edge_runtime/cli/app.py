@@ -27,6 +27,7 @@ COMMANDS = (
     "plan",
     "bench draft",
     "bench cats",
+    "bench attention",
     "inspect",
     "devices",
 )
