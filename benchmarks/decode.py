@@ -47,21 +47,22 @@ TOKENS = {"plain": "none", "twin": "target", "useless": "draft"}
 """Cell to the folder of its draft."""
 
 
-def make_source(folder: Path, sizes: dict[str, int], seed: int) -> Path:
-    """Write a Hugging Face Llama folder with random weights in bfloat16 and a real byte-level tokenizer."""
+LLAMA: dict[str, Any] = {"num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096}
+
+
+def make_source(folder: Path, sizes: dict[str, int], seed: int, family: str = "Llama") -> Path:
+    """Write a Hugging Face folder with random weights in bfloat16 and a real byte-level tokenizer."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     from edge_export.quiet import hide_packages
 
     hide_packages()
     import torch
+    import transformers
     from tiny_models import make_tokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        **sizes, num_key_value_heads=8, vocab_size=32000, max_position_embeddings=4096, tie_word_embeddings=True
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    config = getattr(transformers, f"{family}Config")(**{**LLAMA, **sizes, "tie_word_embeddings": True})
+    getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
 

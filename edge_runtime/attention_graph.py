@@ -23,6 +23,10 @@ from edge_runtime.paged_graph import STOCK_OP, attention_ops
 OP_TYPE = "BlockSparseAttention"
 KV_TYPES = ("f32", "bf16", "u8")
 """How the op can keep keys and values."""
+OURS_FROM = 8 << 20
+"""Bytes of weights a layer from which our op is the choice for full attention too. A step of it costs the plugin about
+15 us a layer more, whatever the context; OpenVINO's costs more from some hundred tokens on (2 cores, AVX-512: 0.96 of its
+speed at 128 tokens, 1.09 at 1024, 1.26 at 4096, there 2.4 for blocks of 5; the shape of Qwen3-0.6B, int4)."""
 _SCALE, _WINDOW, _ALIBI, _SINKS = 9, 10, 11, 20
 """Inputs of PagedAttention."""
 
@@ -51,15 +55,16 @@ def block_table_input(group: int) -> str:
 
 
 def use_block_sparse_attention(
-    model: ov.Model, pattern: AttentionPattern | None, device: str, config: LoadConfig
+    model: ov.Model, pattern: AttentionPattern | None, device: str, config: LoadConfig, weight_bytes: int
 ) -> BlockAttention | None:
-    """Replace every attention op, in place, where a pattern or the user asks for it.
+    """Replace every attention op, in place, where a pattern or the user asks for it, or where that is faster.
 
     Args:
         model: With PagedAttention.
         pattern: From the manifest; None for what the graph itself says.
         device: OpenVINO device.
         config: Its `attention` and what says how keys and values are kept count.
+        weight_bytes: Of the model.
 
     Returns:
         What the layers see now; None where the stock op stays.
@@ -67,7 +72,7 @@ def use_block_sparse_attention(
     Raises:
         ModelFormatError: The pattern does not fit the model.
         DeviceError: The device cannot run it.
-        ConfigError: The stock op was asked for and cannot do this.
+        ConfigError: The stock op was asked for and cannot do this, or ours cannot keep keys as asked.
         ExtensionError: The compiled library is absent.
     """
     if config.attention == "stock" and pattern is not None:
@@ -75,17 +80,29 @@ def use_block_sparse_attention(
             "attention is stock, but the model's layers see only a part of the context, which PagedAttention cannot do",
             "leave `attention` at auto",
         )
-    if config.attention == "stock" or (config.attention == "auto" and pattern is None):
+    layers = attention_ops(model)
+    is_wanted = pattern is not None or config.attention == "block_sparse"
+    if not is_wanted and (config.attention == "stock" or not _is_faster(layers, device, config, weight_bytes)):
         return None
     if device != "CPU":
         raise DeviceError(f"{device} has no kernel for block-sparse attention", "run the model on CPU")
-    layers = attention_ops(model)
     _refuse_other_terms(layers)
     found = pattern or AttentionPattern.of_layers([_natural_pattern(layer) for layer in layers])
     attention = BlockAttention(found, layer_heads(model))
     _check(attention)
     _replace(model, layers, attention, kv_type(config))
     return attention
+
+
+def _is_faster(layers: list[Any], device: str, config: LoadConfig, weight_bytes: int) -> bool:
+    """Whether our op can serve a model as it is, and is not slower; how many tokens it will hold nobody knows."""
+    return (
+        device == "CPU"
+        and weight_bytes >= OURS_FROM * len(layers)
+        and kv_precision(config) in KV_TYPES
+        and ov_kernels.library_path() is not None
+        and not any(map(_other_terms, layers))
+    )
 
 
 def layer_heads(model: ov.Model) -> list[tuple[int, int]]:
@@ -108,15 +125,20 @@ def kv_type(config: LoadConfig) -> str:
     return kept
 
 
+def _other_terms(layer: Any) -> str | None:
+    """Return what attention adds to its scores that our op does not know."""
+    for told, port in (("ALiBi slopes", _ALIBI), ("learned sinks", _SINKS)):
+        if layer.input_value(port).get_partial_shape().is_dynamic or len(_constant(layer, port)):
+            return told
+    return None
+
+
 def _refuse_other_terms(layers: list[Any]) -> None:
-    """Refuse attention that adds to its scores what the op does not know."""
     for number, layer in enumerate(layers):
-        for told, port in (("ALiBi slopes", _ALIBI), ("learned sinks", _SINKS)):
-            if layer.input_value(port).get_partial_shape().is_dynamic or len(_constant(layer, port)):
-                raise ModelFormatError(
-                    f"layer {number} has {told}, which block-sparse attention lacks",
-                    "load the model with attention stock",
-                )
+        if told := _other_terms(layer):
+            raise ModelFormatError(
+                f"layer {number} has {told}, which block-sparse attention lacks", "load the model with attention stock"
+            )
 
 
 def _check(attention: BlockAttention) -> None:
@@ -190,10 +212,6 @@ def attention_op(
         kept_as: One of KV_TYPES.
         scale: Of the products of queries and keys.
     """
-    from openvino.utils.node_factory import NodeFactory
-
-    factory = NodeFactory()
-    factory.add_extension(str(ov_kernels.library_path()))
     attributes = {
         "num_heads": shape.num_heads,
         "num_kv_heads": shape.num_kv_heads,
@@ -206,7 +224,7 @@ def attention_op(
         "strides": pattern.head_strides(shape.num_heads).tolist(),
         "offsets": pattern.head_offsets(shape.num_heads).tolist(),
     }
-    return factory.create(OP_TYPE, inputs, attributes)
+    return ov_kernels.create(OP_TYPE, inputs, attributes)
 
 
 def parameter(name: str, shape: list[int], kind: type[np.generic]) -> Any:

@@ -71,7 +71,7 @@ class LoadConfig(_Options):
             is clearly faster. Other devices have no kernel for them and run `stock`, with a logged warning.
         attention: On CPU: `block_sparse` is our own op, whose caches hold only what each layer's pattern still sees;
             `stock` is OpenVINO's PagedAttention, which always holds everything. `auto` takes ours for models exported
-            with a pattern, and else the stock one.
+            with a pattern, and for others where it is faster: all but small ones.
         cache_dir: Where compiled models are kept between runs; None for nowhere.
     """
 

@@ -21,6 +21,7 @@ import openvino
 from numpy.typing import NDArray
 from openvino import opset13
 
+import ov_kernels
 from edge_runtime.config import LoadConfig
 from edge_runtime.devices import activation_group_size, core
 from ov_kernels.mlp_blob import HEADER, GatedMlp, Matrix, unpack
@@ -224,10 +225,4 @@ def _alone(node: Any, form: str) -> openvino.Model:
 
 
 def _copy(node: Any, inputs: list[Any]) -> Any:
-    from openvino.utils.node_factory import NodeFactory
-
-    import ov_kernels
-
-    factory = NodeFactory()
-    factory.add_extension(str(ov_kernels.library_path()))
-    return factory.create(OP_TYPE, inputs, dict(node.get_attributes())).output(0)
+    return ov_kernels.create(OP_TYPE, inputs, dict(node.get_attributes())).output(0)

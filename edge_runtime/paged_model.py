@@ -51,7 +51,7 @@ class PagedModel:
         model, weight_bytes = read_model(folder)
         to_paged_attention(model)
         self.layer_heads = layer_heads(model)
-        attention = use_block_sparse_attention(model, manifest.attention, device, config)
+        attention = use_block_sparse_attention(model, manifest.attention, device, config, weight_bytes)
         properties = compile_properties(device, config, weight_bytes, weight_group_size(model))
         self._mlp = choose_mlps(model, manifest, device, config, properties)
         self._compiled = _compile(model, device, config, properties)

@@ -20,7 +20,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import openvino
 
@@ -32,7 +32,10 @@ __all__ = [
     "LIBRARY_VARIABLE",
     "add_for",
     "add_to",
+    "attention_block_bytes",
+    "create",
     "explain_read_error",
+    "exported",
     "instruction_set",
     "library_path",
 ]
@@ -117,16 +120,66 @@ def instruction_set() -> str:
     Raises:
         ExtensionError: The library does not fit the installed OpenVINO, or is another release's.
     """
-    path = library_path()
-    if path is None:
+    if library_path() is None:
         return "none"
-    _check_release(path)
-    try:
-        function = ctypes.CDLL(str(path)).edge_kernels_isa
-    except (OSError, AttributeError) as error:
-        raise _extension_error(f"`{path}` is not this release's library: {error}", _REINSTALL) from error
+    function = exported("edge_kernels_isa")
     function.restype = ctypes.c_char_p
     return str(function().decode())
+
+
+def attention_block_bytes(block_size: int, key_size: int, value_size: int, kv_type: str) -> int:
+    """Return the bytes of one block of keys and values of one KV head, as BlockSparseAttention lays it out.
+
+    Args:
+        block_size: Tokens.
+        key_size: Numbers of a key.
+        value_size: Numbers of a value.
+        kv_type: `f32`, `bf16` or `u8`.
+
+    Raises:
+        ExtensionError: There is no library, or it does not fit.
+    """
+    function = exported("edge_attention_block_bytes")
+    function.restype = ctypes.c_uint64
+    function.argtypes = [ctypes.c_uint64] * 3 + [ctypes.c_char_p]
+    return int(function(block_size, key_size, value_size, kv_type.encode()))
+
+
+def exported(name: str) -> Any:
+    """Return a C function of the library.
+
+    Raises:
+        ExtensionError: There is no library, it does not fit the installed OpenVINO, or is another release's.
+    """
+    path = library_path()
+    if path is None:
+        raise _extension_error("the compiled library of ov_kernels is not installed", _REINSTALL)
+    _check_release(path)
+    try:
+        return getattr(ctypes.CDLL(str(path)), name)
+    except (OSError, AttributeError) as error:
+        raise _extension_error(f"`{path}` is not this release's library: {error}", _REINSTALL) from error
+
+
+def create(op_type: str, inputs: list[Any], attributes: dict[str, Any]) -> Any:
+    """Return a node of one of our ops.
+
+    Args:
+        op_type: Its name.
+        inputs: Outputs of other nodes.
+        attributes: All of its attributes.
+
+    Raises:
+        ExtensionError: There is no library.
+    """
+    from openvino.utils.node_factory import NodeFactory
+
+    path = library_path()
+    if path is None:
+        raise _extension_error("the compiled library of ov_kernels is not installed", _REINSTALL)
+    factory = NodeFactory()
+    factory.add_extension(str(path))
+    return factory.create(op_type, inputs, attributes)
 
 
 def explain_read_error(error: RuntimeError) -> ExtensionError | None:

@@ -43,16 +43,20 @@ class AttentionBench:
     Args:
         settings: What is measured.
         model: A model folder whose weights every pattern gets; None for one layer alone.
+        scopes: What of it: `layer`, `model`; None for all there is.
     """
 
-    def __init__(self, settings: AttentionSettings, model: Path | None = None) -> None:
+    def __init__(
+        self, settings: AttentionSettings, model: Path | None = None, scopes: tuple[str, ...] | None = None
+    ) -> None:
         self._settings, self._model = settings, model
+        self._scopes = scopes or (("layer", "model") if model else ("layer",))
         self._rows: list[dict[str, Any]] = []
 
     @property
     def num_cells(self) -> int:
         """What `run` yields."""
-        return len(self._settings.contexts) * (2 if self._model else 1)
+        return len(self._settings.contexts) * len(self._scopes)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the finished rows."""
@@ -60,12 +64,10 @@ class AttentionBench:
 
     def run(self) -> Iterator[None]:
         """Measure; yield after each context."""
-        for context in self._settings.contexts:
-            self._measure("layer", context, self._layers(context))
-            yield
-        for context in self._settings.contexts if self._model else ():
-            self._measure("model", context, self._models(context))
-            yield
+        for scope in self._scopes:
+            for context in self._settings.contexts:
+                self._measure(scope, context, self._layers(context) if scope == "layer" else self._models(context))
+                yield
 
     def _layers(self, context: int) -> list[Variant]:
         settings = self._settings
@@ -113,6 +115,10 @@ class AttentionBench:
         times = np.zeros((len(variants), WARM_UP + rounds))
         for turn in range(WARM_UP + rounds):
             for index, variant in enumerate(variants):
+                if (
+                    count == 1
+                ):  # brings the program back to the processor's caches, which the variant before has emptied
+                    variant.step(count)
                 begin = time.perf_counter()
                 variant.step(count)
                 times[index, turn] = 1000 * (time.perf_counter() - begin)

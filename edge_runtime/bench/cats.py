@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.bench.settings import CatsSettings
-from edge_runtime.errors import ExtensionError
 
 CALIBRATION_TOKENS = 64
 WARM_UP = 2
@@ -189,17 +188,13 @@ def _stock_runs(mlp: Any, hidden: int) -> Iterator[tuple[str, Run]]:
 
 def _fused_run(blob: NDArray[np.uint8], hidden: int, threshold: float) -> Run:
     from openvino import opset13
-    from openvino.utils.node_factory import NodeFactory
 
     import ov_kernels
-
-    factory = NodeFactory()
-    factory.add_extension(str(ov_kernels.library_path()))
 
     def op(x: Any) -> Any:
         constants = (opset13.constant(blob, shared_memory=True), opset13.constant(np.array([threshold], np.float32)))
         inputs = [x, *(constant.output(0) for constant in constants)]
-        return factory.create("CatsMlp", inputs, {"exact": False}).output(0)
+        return ov_kernels.create("CatsMlp", inputs, {"exact": False}).output(0)
 
     return _compiled(op, hidden, {})
 
@@ -228,9 +223,6 @@ def byte_counter() -> Callable[[], int]:
     """Return how to ask the library for the bytes of weights that the op has read in decoding."""
     import ov_kernels
 
-    path = ov_kernels.library_path()
-    if path is None:
-        raise ExtensionError("the compiled library of ov_kernels is not installed", "install with a C++ compiler")
-    function = ctypes.CDLL(str(path)).edge_cats_mlp_bytes_read
+    function = ov_kernels.exported("edge_cats_mlp_bytes_read")
     function.restype = ctypes.c_uint64
     return lambda: int(function())

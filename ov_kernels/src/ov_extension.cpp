@@ -4,5 +4,6 @@
 
 #include <vector>
 
-OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({edge::make_cats_mlp_extension(),
+OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({edge::make_block_sparse_attention_extension(),
+                                                            edge::make_cats_mlp_extension(),
                                                             edge::make_threshold_extension()}));

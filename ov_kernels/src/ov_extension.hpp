@@ -4,8 +4,15 @@
 
 #include "openvino/core/extension.hpp"
 
+#if defined(_WIN32)
+#    define EDGE_EXPORT __declspec(dllexport)
+#else
+#    define EDGE_EXPORT __attribute__((visibility("default")))
+#endif
+
 namespace edge {
 
+ov::Extension::Ptr make_block_sparse_attention_extension();
 ov::Extension::Ptr make_cats_mlp_extension();
 ov::Extension::Ptr make_threshold_extension();
 

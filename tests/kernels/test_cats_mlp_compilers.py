@@ -33,6 +33,7 @@ ELSEWHERE = """
 #undef __x86_64__
 #include "cats_mlp/cats_mlp_dispatch.cpp"
 #include "cpu/cpu_features.cpp"
+#include "cpu/isa.cpp"
 
 int main() {
     const edge::cats_mlp::Kernels* chosen = reinterpret_cast<const edge::cats_mlp::Kernels*>(1);

@@ -209,10 +209,13 @@ def test_several_answers_at_once(hybrid):
         assert answer.token_ids == llm.generate(prompt, max_new_tokens=25, ignore_eos=True).token_ids
 
 
-@pytest.mark.parametrize(("kept_as", "bound"), [("bf16", 0.03), ("u8", 0.03)])
+@pytest.mark.parametrize(("kept_as", "bound"), [("bf16", 0.02), ("u8", 0.05)])
 def test_rounded_keys_stay_near(hybrid, source, pattern, kept_as, bound):
+    """Root mean square; random weights spread an error of 1 % in every layer, and a neuron or a head may tip."""
     ids = random_ids(200)
-    assert_same(in_parts(load(hybrid, kv_precision=kept_as), ids, [64]), masked_logits(source, pattern, ids), bound)
+    wanted = masked_logits(source, pattern, ids)
+    difference = in_parts(load(hybrid, kv_precision=kept_as), ids, [64]) - wanted
+    assert np.square(difference).mean() <= bound**2 * np.square(wanted).mean()
 
 
 def test_bytes_are_what_the_pattern_says(dense, tmp_path):
@@ -269,6 +272,17 @@ def test_a_pattern_that_does_not_fit_is_refused(dense, tmp_path, pattern, told):
 def test_options_that_cannot_be_honoured_are_refused(hybrid, options, told):
     with pytest.raises(ConfigError, match=told):
         load(hybrid, **options)
+
+
+def test_large_models_get_our_op_by_themselves(dense, monkeypatch):
+    """Where keys can be kept as asked; else the stock op, without a word of complaint."""
+    assert "attention" not in load(dense).properties
+    monkeypatch.setattr("edge_runtime.attention_graph.OURS_FROM", 1)
+    assert load(dense).properties["attention"] == "block_sparse"
+    assert "attention" not in load(dense, kv_precision="u4").properties
+    assert "attention" not in load(dense, attention="stock").properties
+    monkeypatch.setattr("ov_kernels.library_path", lambda: None)
+    assert "attention" not in load(dense).properties
 
 
 def test_it_is_said_what_runs(hybrid):

@@ -12,9 +12,11 @@ namespace cats_mlp {
 namespace {
 
 // Each needs the one before.
-#include "cats_mlp/avx2_vectors.inl"
+#include "cpu/avx2_vectors.inl"
 //
-#include "cats_mlp/avx2_dots.inl"
+#include "cpu/avx2_dots.inl"
+//
+#include "cats_mlp/avx2_tiles.inl"
 //
 #include "cats_mlp/kernels.inl"
 

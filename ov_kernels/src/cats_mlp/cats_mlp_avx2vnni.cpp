@@ -11,16 +11,13 @@ namespace edge {
 namespace cats_mlp {
 namespace {
 
-#include "cats_mlp/avx2_vectors.inl"
-
-#ifdef EMULATE_AVX_VNNI  // for tests on machines without it
-#    include "cats_mlp/avx2_dots.inl"
-#else
-inline I i_dot16(I sum, I x, I y) { return _mm256_dpwssd_avx_epi32(sum, x, y); }
-
-inline I i_dot8(I sum, I u, I s) { return _mm256_dpbusd_avx_epi32(sum, u, s); }
-#endif
-
+// Each needs the one before.
+#include "cpu/avx2_vectors.inl"
+//
+#include "cpu/avx2vnni_dots.inl"
+//
+#include "cats_mlp/avx2_tiles.inl"
+//
 #include "cats_mlp/kernels.inl"
 
 }  // namespace

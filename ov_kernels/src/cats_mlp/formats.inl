@@ -54,8 +54,7 @@ struct BF16 {
     }
 };
 
-// Macros: gcc takes a function that only prefetches for one without effect and drops its calls.
-#define EDGE_PREFETCH(p) _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1)
+// A macro, as EDGE_PREFETCH is.
 #define EDGE_PREFETCH_BLOCK(W, row, b)                              \
     for (std::size_t line = 0; line < W::block_bytes; line += 64) { \
         EDGE_PREFETCH((row) + (b) * W::block_bytes + line);         \

@@ -16,7 +16,8 @@
 
 // Each needs those before.
 // clang-format off
-#include "cats_mlp/vector_math.inl"
+#include "cpu/vector_math.inl"
+#include "cats_mlp/activations.inl"
 #include "cats_mlp/formats.inl"
 #include "cats_mlp/tokens.inl"
 #include "cats_mlp/dots.inl"

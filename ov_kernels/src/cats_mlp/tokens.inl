@@ -17,11 +17,11 @@ float sum_of(const float* x) {
 constexpr float least_scale = 1.17549435e-38f;
 
 void quantise(const float* x, int bits, void* q, float& scale, float& sum) {
-    scale = f_scale_of(x, bits == 16 ? 32767.0f : 127.0f);
+    scale = f_scale_of(x, block, bits == 16 ? 32767.0f : 127.0f);
     scale = scale < least_scale ? least_scale : scale;
     const float inverse = scale > 0 ? 1.0f / scale : 0.0f;  // NaN: 0
-    const std::int32_t total = bits == 16 ? i_quantise16(x, inverse, static_cast<std::int16_t*>(q))
-                                          : i_quantise8(x, inverse, static_cast<std::int8_t*>(q));
+    const std::int32_t total = bits == 16 ? i_quantise16(x, block, inverse, static_cast<std::int16_t*>(q))
+                                          : i_quantise8(x, block, inverse, static_cast<std::int8_t*>(q));
     sum = scale * static_cast<float>(total);
 }
 

@@ -1,4 +1,4 @@
-// The integer dot products of kernels.inl on 256 bits without VNNI.
+// Integer dot products on 256 bits without VNNI.
 
 inline I i_dot16(I sum, I x, I y) { return _mm256_add_epi32(sum, _mm256_madd_epi16(x, y)); }
 

@@ -1,14 +1,9 @@
-// The vector operations of kernels.inl on 256 bits, but for the integer dot products, which differ with and without VNNI.
+// Vector operations on 256 bits, but for the integer dot products, which differ with and without VNNI. Included in a unit's
+// own unnamed namespace.
 
 using F = __m256;
 using I = __m256i;
 constexpr std::size_t lanes = 8;
-constexpr std::size_t down_tokens = 2;
-constexpr int tile_vectors = 2;
-
-constexpr int tile_rows(int tokens) { return tokens == 1 ? 4 : tokens <= 3 ? 2 : 1; }
-
-constexpr std::size_t sums_stride_of(std::size_t columns) { return columns + 16; }
 
 inline I first_lanes(std::size_t count) {
     const I index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -32,11 +27,19 @@ inline F f_copysign(F x, F y) { return _mm256_or_ps(f_abs(x), _mm256_and_ps(y, f
 inline F f_round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F f_from_i32(I x) { return _mm256_cvtepi32_ps(x); }
 inline float f_first(const float* p) { return _mm_cvtss_f32(_mm_load_ss(p)); }
+inline float f_first(F x) { return _mm_cvtss_f32(_mm256_castps256_ps128(x)); }
+inline void f_store_first(float* p, float x) { _mm_store_ss(p, _mm_set_ss(x)); }
 
 inline float f_sum(F x) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
+}
+
+inline float f_most(F x) {
+    __m128 top = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    top = _mm_max_ps(top, _mm_movehl_ps(top, top));
+    return _mm_cvtss_f32(_mm_max_ss(top, _mm_shuffle_ps(top, top, 1)));
 }
 
 inline std::int32_t i_sum(I x) {
@@ -85,6 +88,7 @@ inline void f_from_u4(const void* p, F& low, F& high) {
 
 inline I i_zero() { return _mm256_setzero_si256(); }
 inline I i_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void i_store(void* p, I x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 inline I i_set_word(const void* p) { return _mm256_broadcastd_epi32(_mm_loadu_si32(p)); }
 
 inline I i_16_from_i8(const void* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
@@ -127,23 +131,20 @@ inline void i_unzip8(I (&x)[4]) {
     x[3] = _mm256_permute2x128_si256(c, d, 0x31);
 }
 
-// The scale with which 128 floats become integers of at most `limit`; NaN where one of them is NaN or infinite.
-inline float f_scale_of(const float* x, float limit) {
+// The scale with which floats, a multiple of 16, become integers of at most `limit`; NaN where one is NaN or infinite.
+inline float f_scale_of(const float* x, std::size_t count, float limit) {
     F most = f_set(0.0f), poison = f_set(0.0f);
-    for (std::size_t c = 0; c < block; c += lanes) {
+    for (std::size_t c = 0; c < count; c += lanes) {
         most = f_max(most, f_abs(f_load(x + c)));
         poison = f_fma(f_load(x + c), f_set(0.0f), poison);
     }
-    __m128 top = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
-    top = _mm_max_ps(top, _mm_movehl_ps(top, top));
-    top = _mm_max_ss(top, _mm_shuffle_ps(top, top, 1));
-    return _mm_cvtss_f32(top) / limit + f_sum(poison);
+    return f_most(most) / limit + f_sum(poison);
 }
 
-// 128 floats as 16-bit integers; returns their sum.
-inline std::int32_t i_quantise16(const float* x, float inverse, std::int16_t* q) {
+// Floats, a multiple of 16, as 16-bit integers; returns their sum.
+inline std::int32_t i_quantise16(const float* x, std::size_t count, float inverse, std::int16_t* q) {
     I sum = i_zero();
-    for (std::size_t c = 0; c < block; c += lanes) {
+    for (std::size_t c = 0; c < count; c += lanes) {
         const I wide = _mm256_cvtps_epi32(f_mul(f_load(x + c), f_set(inverse)));
         const __m128i low = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(q + c), low);
@@ -152,9 +153,9 @@ inline std::int32_t i_quantise16(const float* x, float inverse, std::int16_t* q)
     return i_sum(sum);
 }
 
-inline std::int32_t i_quantise8(const float* x, float inverse, std::int8_t* q) {
+inline std::int32_t i_quantise8(const float* x, std::size_t count, float inverse, std::int8_t* q) {
     I sum = i_zero();
-    for (std::size_t c = 0; c < block; c += lanes) {
+    for (std::size_t c = 0; c < count; c += lanes) {
         const I wide = _mm256_cvtps_epi32(f_mul(f_load(x + c), f_set(inverse)));
         const __m128i low = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
         const __m128i bytes = _mm_packs_epi16(low, low);
