@@ -25,8 +25,8 @@ KV_TYPES = ("f32", "bf16", "u8")
 """How the op can keep keys and values."""
 OURS_FROM = 8 << 20
 """Bytes of weights a layer from which our op is the choice for full attention too. A step of it costs the plugin about
-15 us a layer more, whatever the context; OpenVINO's costs more from some hundred tokens on (2 cores, AVX-512: 0.96 of its
-speed at 128 tokens, 1.09 at 1024, 1.26 at 4096, there 2.4 for blocks of 5; the shape of Qwen3-0.6B, int4)."""
+15 us a layer more, whatever the context; OpenVINO's costs more from some hundred tokens on. On 2 cores with AVX-512, in
+the shape of Qwen3-0.6B in int4: 0.96 of its speed at 128 tokens, 1.09 at 1024, 1.26 at 4096, there 2.4 for 5 tokens."""
 _SCALE, _WINDOW, _ALIBI, _SINKS = 9, 10, 11, 20
 """Inputs of PagedAttention."""
 

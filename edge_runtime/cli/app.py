@@ -24,6 +24,8 @@ COMMANDS = (
     "pull",
     "export",
     "train draft",
+    "train cats",
+    "train hybrid",
     "plan",
     "bench draft",
     "bench cats",

@@ -41,6 +41,12 @@ def export(
     cats_method: Annotated[
         str, typer.Option(metavar="NAME", help="cats: one threshold for each layer; chess: for each neuron.")
     ] = "cats",
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN", help="Let layers see a part of the context: longgen, s2:stride=8, window:window=4096."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -63,6 +69,7 @@ def export(
             mlp=mlp,
             cats=cats,
             cats_method=cats_method,
+            attention=attention,
             overwrite=overwrite,
             progress=lambda stage, done, total: progress.update(task, description=stage, completed=done),
         )
@@ -72,6 +79,8 @@ def export(
         print(_line(report))
         if report.sparsity:
             _note_sparsity(report.sparsity)
+        if attention:
+            console.note("converted without training: what lies beyond its window is lost to a sparse layer")
         console.note(f'try it: edge-run generate -m {folder} "Once upon a time"')
 
 
@@ -92,6 +101,7 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
         "bytes": report.num_bytes,
         "verification": asdict(report.verification),
         "mlp": manifest.mlp and asdict(manifest.mlp),
+        "attention": manifest.attention and manifest.attention.to_json(),
         "sparsity": report.sparsity and _sparsity_as_json(report.sparsity),
     }
 

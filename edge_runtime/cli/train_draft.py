@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from edge_runtime.cli import console
 from edge_runtime.cli.options import parse_number
-
-if TYPE_CHECKING:
-    from edge_export.fastdraft.data import OnProgress
+from edge_runtime.cli.training import StageBars
 
 _DATA, _SHAPE, _ALIGNMENT, _TRAINING = "Data", "Shape", "Alignment", "Training"
 _Files = list[Path] | None
@@ -91,7 +89,7 @@ def train_draft(
     options["max_tokens"] = max_tokens and parse_number("--max-tokens", max_tokens)
     options["answer_tokens"] = parse_number("--answer-tokens", answer_tokens)
     options["stages"] = tuple(name.strip() for name in stages.split(","))
-    with _StageBars() as on_progress:
+    with StageBars() as on_progress:
         made = run(DraftRecipe(**options), output, on_progress)
     if made is None:
         return  # of several processes, the first speaks
@@ -99,29 +97,3 @@ def train_draft(
         console.write((output / "training.json").read_text(encoding="utf-8"))
     else:
         print(f"{output}: the draft; {output / 'openvino'}: its int8 form, for `--draft`")
-
-
-class _StageBars:
-    """A bar for each stage on a terminal's stderr; elsewhere a line as a stage begins."""
-
-    def __init__(self) -> None:
-        from rich.progress import TextColumn, TimeRemainingColumn
-
-        counts = TextColumn("{task.completed:,.0f}/{task.total:,.0f}")
-        self._bars = console.progress(counts, TimeRemainingColumn(), TextColumn("{task.fields[figure]}"))
-        self._stage = ""
-
-    def __enter__(self) -> OnProgress:
-        self._bars.start()
-        return self._show
-
-    def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
-
-    def _show(self, stage: str, done: int, wanted: int, figure: str) -> None:
-        if stage != self._stage:
-            self._stage = stage
-            self._task = self._bars.add_task(stage, total=wanted, figure="")
-            if self._bars.disable:
-                console.note(f"{stage}: {wanted:,} to do")
-        self._bars.update(self._task, completed=done, total=wanted, figure=figure)

@@ -29,13 +29,17 @@ import ov_kernels
 from edge_export import onnx_source, torch_source, verify
 from edge_export.cats import MlpFormat
 from edge_export.cats.calibrate import Sparsity, sparsify
-from edge_export.cats.rewrite import fuse_mlps
+from edge_export.cats.finetune import THRESHOLDS_NAME, read_thresholds
+from edge_export.cats.rewrite import Thresholds, fuse_mlps
 from edge_export.compress import WeightFormat, calibration_windows, compress
+from edge_export.hybrid.patterns import CONFIG_ENTRY, check_fits, of_config, parse_pattern, shape_of
+from edge_export.hybrid.torch_attention import patterned
 from edge_export.quiet import quiet
 from edge_export.sources import Source, open_source, unsupported
 from edge_export.staging import check_free_disk, check_output, staged
 from edge_export.tokenizer_files import save_tokenizer
 from edge_export.verify import Verification
+from edge_runtime.attention import AttentionPattern
 from edge_runtime.devices import core
 from edge_runtime.errors import ConfigError, EdgeError, ExportError
 from edge_runtime.manifest import MODEL_NAME, Manifest, load_manifest
@@ -91,6 +95,7 @@ def export_model(
     mlp: str = "stock",
     cats: float | None = None,
     cats_method: str = "cats",
+    attention: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -108,6 +113,7 @@ def export_model(
         mlp: `stock`, or `fused` for gated MLPs as one op of ours each, with int8 or int4.
         cats: Share of the MLPs' neurons to skip at each token, between 0 and 1; implies `fused`.
         cats_method: `cats` for one threshold in each layer, `chess` for one for each neuron.
+        attention: What the layers see, in the words of `hybrid.patterns`; None for what the source says.
         overwrite: Replace a folder that exists.
         progress: Called as each stage begins.
 
@@ -140,13 +146,18 @@ def export_model(
             _check_apart(origin, output)
             check_free_disk(output, _disk_bytes(origin, weights))
             config = _load_config(origin)
+            pattern = _pattern(origin, config, attention)
+            mlp_form, thresholds = _trained_thresholds(origin, mlp_form)
             tokenizer = save_tokenizer(origin, folder)
             _save_configs(origin, config, folder)
             windows = _calibration_windows(calibration_text, tokenizer, config)
-            mlp_form.check_text(windows)
+            if thresholds is None:
+                mlp_form.check_text(windows)
         with stage("convert"):
             token_ids = verify.prompt_ids(tokenizer, _context_length(config))
-            model, reference = _convert(origin, weights, token_ids, folder / "work", windows, mlp_form)
+            model, reference = _convert(
+                origin, weights, token_ids, folder / "work", windows, mlp_form, thresholds, pattern
+            )
             verify.check_windows(model, config)
         with stage("compress"):
             model = compress(model, form, windows if weights == "int4" else ())
@@ -154,7 +165,7 @@ def export_model(
                 fuse_mlps(model, reference.sparsity.thresholds if reference.sparsity else None)
             ov.save_model(model, folder / MODEL_NAME, compress_to_fp16=False)
             del model  # the runtime is about to load it again
-            manifest = _manifest(folder, origin, config, reference, form, mlp_form)
+            manifest = _manifest(folder, origin, config, reference, form, mlp_form, pattern)
             manifest.save(folder)
         with stage("verify"):
             verification = verify.verify_logits(folder, manifest, reference.token_ids, reference.logits)
@@ -250,6 +261,8 @@ def _convert(
     work: Path,
     windows: list[list[int]],
     mlp_form: MlpFormat,
+    thresholds: Thresholds | None,
+    pattern: AttentionPattern | None,
 ) -> tuple[ov.Model, _Reference]:
     """Return the graph before compression, and what the source says to `token_ids`."""
     if source.onnx:
@@ -265,14 +278,15 @@ def _convert(
     else:
         torch_source.check_supported(source)
         checkpoint = torch_source.load(source, weights)
-        reference = _Reference(
-            token_ids=token_ids,
-            logits=torch_source.reference_logits(checkpoint, token_ids),
-            num_parameters=torch_source.num_parameters(checkpoint),
-        )
-        if mlp_form.cats is not None:
-            sparsity, logits = sparsify(checkpoint, windows, mlp_form, token_ids, reference.logits)
-            reference = dataclasses.replace(reference, logits=logits, sparsity=sparsity)
+        with patterned(checkpoint, pattern):
+            reference = _Reference(
+                token_ids=token_ids,
+                logits=torch_source.reference_logits(checkpoint, token_ids),
+                num_parameters=torch_source.num_parameters(checkpoint),
+            )
+            if mlp_form.cats is not None:
+                sparsity, logits = sparsify(checkpoint, windows, mlp_form, token_ids, reference.logits, thresholds)
+                reference = dataclasses.replace(reference, logits=logits, sparsity=sparsity)
         model = torch_source.to_ir(checkpoint, work, weights)
     if model.has_rt_info("runtime_options"):
         # optimum writes KV_CACHE_PRECISION=f16 here, which would override the plugin's and the user's choice.
@@ -280,8 +294,43 @@ def _convert(
     return model, reference
 
 
+def _pattern(source: Source, config: Any, words: str | None) -> AttentionPattern | None:
+    """Return what the layers are to see; None where the graph itself says it, or they see everything.
+
+    Raises:
+        ConfigError: The words or the config say what the model cannot have.
+        ExportError: The source is a graph, which has its masks already.
+    """
+    if words is None:
+        entry = getattr(config, CONFIG_ENTRY, None)
+        return AttentionPattern.from_json(entry) if entry else None
+    if source.onnx:
+        raise ExportError("attention needs the PyTorch model, an ONNX graph was given", "export the original folder")
+    if of_config(config) is not None:
+        raise ConfigError("the model's layers see a part of the context already", "export it without --attention")
+    layers, _, kv_heads = shape_of(config)
+    pattern = parse_pattern(words, layers, kv_heads)
+    check_fits(pattern, config)
+    return pattern
+
+
+def _trained_thresholds(source: Source, form: MlpFormat) -> tuple[MlpFormat, Thresholds | None]:
+    """Return the thresholds that a model was trained with, where it was and no others are asked for."""
+    if form.cats is not None or not (source.folder / THRESHOLDS_NAME).is_file():
+        return form, None
+    share, method, thresholds = read_thresholds(source.folder)
+    ov_kernels.add_to(core(), required=True)
+    return MlpFormat(mlp="fused", cats=share, cats_method=method), thresholds
+
+
 def _manifest(
-    folder: Path, source: Source, config: Any, reference: _Reference, form: WeightFormat, mlp_form: MlpFormat
+    folder: Path,
+    source: Source,
+    config: Any,
+    reference: _Reference,
+    form: WeightFormat,
+    mlp_form: MlpFormat,
+    pattern: AttentionPattern | None,
 ) -> Manifest:
     """Say what the runtime must know: tokens that end an answer as it reads them itself, and what only we know."""
     return dataclasses.replace(
@@ -293,5 +342,6 @@ def _manifest(
         num_parameters=reference.num_parameters,
         source=source.name,
         mlp=mlp_form.facts,
+        attention=pattern,
         versions={"edge-runtime": edge_runtime.__version__, **{name: version(name) for name in _MADE_WITH}},
     )

@@ -6,8 +6,7 @@ sums in `exact`, else 16-bit activations for one or two tokens and 8-bit ones fo
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,28 +25,12 @@ EXACT = 1e-5
 """Bound on max |error| / max |y|: f32 sums."""
 DECODE, PREFILL = 1e-4, 2e-2
 """Bounds on rms error / rms y: 16-bit activations; 8-bit activations and hidden values."""
-ISAS = ("ref", "avx2", "avx2vnni", "avx512")
 SHAPES = {
     "i8": [(128, 256), (72, 50), (4, 3), (300, 1000)],
     "u4": [(128, 128), (384, 640)],
     "bf16": [(128, 256), (72, 50)],
 }
 DENSE, DEAD = -1.0, np.inf
-
-
-def isa_in_use() -> str:
-    library = ctypes.CDLL(str(ov_kernels.library_path()))
-    library.edge_kernels_isa.restype = ctypes.c_char_p
-    return library.edge_kernels_isa().decode()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each instruction set of the machine in turn."""
-    monkeypatch.setenv("EDGE_KERNELS_ISA", request.param)
-    if isa_in_use() != request.param:
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
 
 
 def make_matrix(form: str, rows: int, columns: int, random: np.random.Generator) -> Matrix:

@@ -41,7 +41,8 @@ class Sparsity:
 
     Attributes:
         thresholds: (1,) for each layer with CATS, (F,) with CHESS.
-        realised: Share of each layer's neurons that are dead on the text held back.
+        realised: Share of each layer's neurons that are dead on the text held back, or on the prompts to verify with
+            where the model was trained with its thresholds and no text is given.
         effect: How the source with dead neurons compares with the source, weights as they are.
     """
 
@@ -83,6 +84,7 @@ def sparsify(
     form: MlpFormat,
     token_ids: NDArray[np.int64],
     dense: NDArray[np.float32],
+    given: Sequence[NDArray[np.float32]] | None = None,
 ) -> tuple[Sparsity, NDArray[np.float32]]:
     """Find the thresholds of a model and what it says with them.
 
@@ -95,6 +97,7 @@ def sparsify(
         form: Which method, and which share of the neurons it is to skip.
         token_ids: (B, T) of the prompts to verify with.
         dense: (B, T, V) logits of the model as it is.
+        given: Thresholds that it was trained with; None to find them.
 
     Returns:
         The thresholds, and the (B, T, V) logits with dead neurons.
@@ -103,9 +106,12 @@ def sparsify(
         ConfigError: The text is too short to hold some of it back.
         ExportError: The model's MLPs are none that are known.
     """
-    form.check_text(windows)
-    kept, held_back = _split(windows)
-    thresholds = find_thresholds(model, kept, form)
+    held_back: Sequence[Sequence[int]] = windows or token_ids.tolist()
+    if given is None:
+        form.check_text(windows)
+        kept, held_back = _split(windows)
+        given = find_thresholds(model, kept, form)
+    thresholds = tuple(given)
     with masked(model, thresholds):
         logits = reference_logits(model, token_ids)
     realised = realised_sparsity(model, held_back, thresholds)

@@ -355,7 +355,9 @@ void attend(const Layout& layout, const Pattern& pattern, const Rows& rows, cons
         }
         const std::uint8_t* next = entries[e + 1].block != nullptr ? entries[e + 1].block : block;
         const std::int64_t slots = last + 1 - entries[e].number * static_cast<std::int64_t>(layout.block_size);
-        const std::size_t used = slots < static_cast<std::int64_t>(layout.block_size) ? slots + (slots & 1) : layout.block_size;
+        const bool is_partial = slots < static_cast<std::int64_t>(layout.block_size);
+        const std::size_t step = layout.format == Format::i8 ? 2 : 1;  // of a pair the second half may be unused: times 0
+        const std::size_t used = is_partial ? (static_cast<std::size_t>(slots) + step - 1) / step * step : layout.block_size;
         if (layout.format == Format::i8) {
             attend_block<Packed8, Packed16, true>(layout, rows, block, next, is_masked, used, parts, states);
         } else if (layout.format == Format::bf16) {
