@@ -1,12 +1,14 @@
 """What skipping neurons costs in quality, and what a block of tokens still reads: CATS beside CHESS, on trained models.
 
 Perplexity on text that thresholds were not found on, by share of neurons skipped; at equal shares both methods read the
-same bytes. No recovery training. Union: share of neurons that at least one of N consecutive tokens wakes, which is what
-verifying N tokens reads; `independent` is what it would be if tokens had nothing in common, 1 - s^N.
+same bytes. Weights are rounded to int8 as NNCF does; `dense` is f32. With --recovered, also of models that `edge-run
+train cats` has made. Union: share of neurons that at least one of N consecutive tokens wakes, which is what verifying N
+tokens reads; `independent` is what it would be if tokens had nothing in common, 1 - s^N.
 
-    python benchmarks/cats_quality.py --calibration FILE --text FILE [MODEL] [--json] [--plot FILE]
+    python benchmarks/cats_quality.py --calibration FILE --text FILE [MODEL] [--recovered FOLDER...] [--json]
 
-MODEL is a Hugging Face folder or an int8 IR; the embedded target by default.
+MODEL is a Hugging Face folder or an int8 IR; the embedded target by default. Speed in the plot is the ceiling by bytes
+of an MLP that is read once for each token, 1 / (1/3 + 2/3 (1 - s)).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from measure import machine, report
 from edge_export import torch_source
 from edge_export.cats import MlpFormat
 from edge_export.cats.calibrate import find_thresholds, masked, union_density
+from edge_export.cats.finetune import read_thresholds
 from edge_export.quiet import quiet
 from edge_export.sources import open_source
 from edge_runtime.demo import demo_target
@@ -63,6 +66,8 @@ def perplexity(model: Any, windows: list[list[int]]) -> float:
 def measure(model: Any, calibration: list[list[int]], text: list[list[int]]) -> dict[str, Any]:
     """Return perplexities by method and share, and unions by share, of CATS."""
     rows: list[dict[str, Any]] = [{"method": "dense", "sparsity": 0.0, "perplexity": perplexity(model, text)}]
+    round_to_int8(model)
+    rows.append({"method": "int8", "sparsity": 0.0, "perplexity": perplexity(model, text)})
     unions: list[dict[str, Any]] = []
     for share in SHARES:
         for method in METHODS:
@@ -79,6 +84,33 @@ def measure(model: Any, calibration: list[list[int]], text: list[list[int]]) -> 
     return {"perplexity": rows, "union": unions}
 
 
+def round_to_int8(model: Any) -> None:
+    """Round the weight matrices to what NNCF's int8 keeps: 256 levels from least to largest of each output channel."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight.data
+            low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
+            step = (high - low) / 255
+            zero = (-low / step).round()
+            weight.copy_(((weight / step + zero).round().clamp(0, 255) - zero) * step)
+
+
+def measure_recovered(folders: list[Path], text: list[list[int]]) -> list[dict[str, Any]]:
+    """Return the perplexities of trained models, rounded to int8 and with their own thresholds."""
+    rows = []
+    for folder in folders:
+        model, (share, method, thresholds) = load(folder), read_thresholds(folder)
+        round_to_int8(model)
+        with masked(model, thresholds) as dead:
+            found = perplexity(model, text)
+        realised = float(np.mean([np.mean(shares) for shares in dead]))
+        name = f"{method}, trained"
+        rows.append({"method": name, "sparsity": share, "realised": realised, "perplexity": found})
+    return rows
+
+
 def save_plot(result: dict[str, Any], path: Path) -> None:
     """Draw perplexity by share, and the union by rows."""
     from matplotlib.figure import Figure
@@ -86,11 +118,12 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     quality, union = figure.subplots(1, 2)
     dense = result["perplexity"][0]["perplexity"]
-    for method in METHODS:
-        rows = [row for row in result["perplexity"] if row["method"] == method]
-        shares = [0.0, *(row["realised"] for row in rows)]
-        quality.plot(shares, [1.0, *(row["perplexity"] / dense for row in rows)], "o-", label=method)
-    quality.set_xlabel("neurons skipped")
+    for method in dict.fromkeys(row["method"] for row in result["perplexity"] if row["sparsity"]):
+        rows = sorted((row for row in result["perplexity"] if row["method"] == method), key=lambda row: row["realised"])
+        speeds = [1 / (1 / 3 + 2 / 3 * (1 - row["realised"])) for row in rows]
+        quality.plot(speeds, [row["perplexity"] / dense for row in rows], "o-", label=method)
+    quality.axhline(1, color="gray", linewidth=0.8)
+    quality.set_xlabel("speed of an MLP, by bytes")
     quality.set_ylabel("perplexity / dense")
     quality.legend(frameon=False)
     for index, share in enumerate(SHARES):
@@ -112,6 +145,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, required=True, help="other text, for perplexity")
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
     parser.add_argument("--tokens", type=int, default=51_200)
+    parser.add_argument("--recovered", type=Path, nargs="*", default=[], help="folders that train cats has made")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--plot", type=Path, help="picture to write")
     arguments = parser.parse_args()
@@ -119,11 +153,12 @@ def main() -> int:
     calibration = windows_of(arguments.model, arguments.calibration, arguments.calibration_tokens)
     text = windows_of(arguments.model, arguments.text, arguments.tokens)
     result = measure(model, calibration, text)
+    result["perplexity"] += measure_recovered(arguments.recovered, text)
     if arguments.plot:
         save_plot(result, arguments.plot)
     result |= {"tokens": WINDOW * len(text), "machine": machine()}
     by_share = {
-        share: [row["perplexity"] for row in result["perplexity"] if row["sparsity"] == share] for share in SHARES
+        share: [row["perplexity"] for row in result["perplexity"] if row["sparsity"] == share][:2] for share in SHARES
     }
     checks = {
         f"{share:.0%}: CHESS no worse than CATS": chess <= 1.005 * cats for share, (cats, chess) in by_share.items()

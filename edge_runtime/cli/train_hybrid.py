@@ -54,7 +54,7 @@ def train_hybrid(
     recipe = AdaptRecipe(
         source=source,
         text=tuple(text),
-        window=window or length,
+        window=length if window is None else window,
         max_tokens=parse_number("--max-tokens", max_tokens) if max_tokens else None,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,

@@ -122,6 +122,8 @@ def adapt(
         ModelFormatError: The folder of the training belongs to another one.
         ExportError: The source cannot be read, or the disk is full.
     """
+    from accelerate.utils import set_seed
+
     check_output(output, overwrite=False)
     is_main = processes().is_main_process
     work = output.with_name(output.name + ".training")
@@ -134,6 +136,7 @@ def adapt(
         model = torch_source.load(origin, "fp32")
     windows, held_out = _windows(recipe, origin, model.config, work, is_main, on_progress)
     original = perplexity(model, held_out)
+    set_seed(recipe.seed)  # of adapters and new weights: a training that begins again begins alike
     changed = adaptation.begin(model, windows, work)
     before = perplexity(changed, held_out)
     config = TrainConfig(

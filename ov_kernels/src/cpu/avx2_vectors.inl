@@ -28,7 +28,7 @@ inline F f_round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _M
 inline F f_from_i32(I x) { return _mm256_cvtepi32_ps(x); }
 inline float f_first(const float* p) { return _mm_cvtss_f32(_mm_load_ss(p)); }
 inline float f_first(F x) { return _mm_cvtss_f32(_mm256_castps256_ps128(x)); }
-inline void f_store_first(float* p, float x) { _mm_store_ss(p, _mm_set_ss(x)); }
+inline void f_store_first(float* p, float x) { _mm_storeu_si32(p, _mm_castps_si128(_mm_set_ss(x))); }
 
 inline float f_sum(F x) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

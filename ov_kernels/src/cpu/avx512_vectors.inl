@@ -26,7 +26,7 @@ inline float f_sum(F x) { return _mm512_reduce_add_ps(x); }
 inline float f_most(F x) { return _mm512_reduce_max_ps(x); }
 inline float f_first(const float* p) { return _mm_cvtss_f32(_mm_load_ss(p)); }
 inline float f_first(F x) { return _mm_cvtss_f32(_mm512_castps512_ps128(x)); }
-inline void f_store_first(float* p, float x) { _mm_store_ss(p, _mm_set_ss(x)); }
+inline void f_store_first(float* p, float x) { _mm_storeu_si32(p, _mm_castps_si128(_mm_set_ss(x))); }
 
 inline F f_power_of_2(F n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));

@@ -1,4 +1,4 @@
-"""CatsMlp's sources for compilers and processors other than this machine's."""
+"""The kernels' sources for compilers and processors other than this machine's."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ pytestmark = pytest.mark.kernels
 SOURCES = Path(__file__).resolve().parents[2] / "ov_kernels" / "src"
 STRICT = ("-std=c++17", "-Wall", "-Wextra", "-pedantic-errors", f"-I{SOURCES}")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
-UNITS = {
+FLAGS = {
     "avx2": AVX2,
     "avx2vnni": (*AVX2, "-mavxvnni"),
     "avx512": (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
 }
+OPS = ("block_sparse_attention", "cats_mlp")
+UNITS = {f"{op}/{op}_{isa}.cpp": flags for op in OPS for isa, flags in FLAGS.items()}
 STANDARD_HEADERS = {
     "cstddef": "#pragma once\n#include <stddef.h>\nnamespace std { using ::size_t; }\n",
     "cstdint": "#pragma once\n#include <stdint.h>\nnamespace std {\n"
@@ -31,13 +33,17 @@ ELSEWHERE = """
 #include <cstdlib>
 #include <cstring>
 #undef __x86_64__
+#include "block_sparse_attention/block_sparse_attention_dispatch.cpp"
+#include "block_sparse_attention/block_sparse_attention_ref.cpp"
 #include "cats_mlp/cats_mlp_dispatch.cpp"
 #include "cpu/cpu_features.cpp"
 #include "cpu/isa.cpp"
 
 int main() {
     const edge::cats_mlp::Kernels* chosen = reinterpret_cast<const edge::cats_mlp::Kernels*>(1);
-    return edge::cats_mlp::choose_kernels(chosen) && chosen == nullptr ? 0 : 1;
+    const edge::attention::Kernels* attention = nullptr;
+    const bool are_chosen = edge::cats_mlp::choose_kernels(chosen) && edge::attention::choose_kernels(attention);
+    return are_chosen && chosen == nullptr && attention == &edge::attention::kernels_ref ? 0 : 1;
 }
 """
 
@@ -58,7 +64,7 @@ def clang() -> str:
 @pytest.mark.parametrize("unit", UNITS)
 def test_units_are_standard_cpp_to_clang(clang: str, unit: str) -> None:
     flags = [*STRICT, *UNITS[unit], "-Wgnu", "-Wvla", "-fsyntax-only"]
-    assert said([clang, *flags, str(SOURCES / f"cats_mlp/cats_mlp_{unit}.cpp")]) == (0, "")
+    assert said([clang, *flags, str(SOURCES / unit)]) == (0, "")
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -70,7 +76,7 @@ def test_units_compile_for_windows(clang: str, unit: str, tmp_path: Path) -> Non
     target = ["--target=x86_64-pc-windows-msvc", "-fms-compatibility-version=19.30", "-ffreestanding", "-nostdinc"]
     folders = ["-isystem", f"{own}/include", "-isystem", str(tmp_path)]
     flags = [*target, *folders, *STRICT, *UNITS[unit], "-fsyntax-only"]
-    assert said([clang, *flags, str(SOURCES / f"cats_mlp/cats_mlp_{unit}.cpp")]) == (0, "")
+    assert said([clang, *flags, str(SOURCES / unit)]) == (0, "")
 
 
 def test_other_processors_get_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

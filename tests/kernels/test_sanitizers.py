@@ -1,4 +1,4 @@
-"""CatsMlp's kernels under address and undefined-behaviour sanitizers, on random shapes, blobs and odd addresses.
+"""The kernels under address and undefined-behaviour sanitizers, on random shapes, blobs and odd addresses.
 
 More rounds, by hand, with the program that the test leaves in pytest's temporary folder: `fuzz SEED ROUNDS`.
 """
@@ -15,7 +15,8 @@ import pytest
 pytestmark = pytest.mark.kernels
 
 SOURCES = Path(__file__).resolve().parents[2] / "ov_kernels" / "src"
-DRIVER = Path(__file__).parent / "cpp" / "fuzz_cats_mlp.cpp"
+DRIVERS = Path(__file__).parent / "cpp"
+ROUNDS = {"cats_mlp": "40", "block_sparse_attention": "60"}
 SANITIZERS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 COMMON = ("-std=c++17", "-Wall", "-Wextra", f"-I{SOURCES}", "-ffp-contract=off", "-DEMULATE_AVX_VNNI")
 VECTORS = ("-mavx2", "-mfma", "-mf16c", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option")
@@ -24,6 +25,13 @@ UNITS = {
     "cats_mlp/cats_mlp_layout.cpp": (),
     "cats_mlp/cats_mlp_ref.cpp": (),
     "cpu/cpu_features.cpp": (),
+    "block_sparse_attention/block_sparse_attention_dispatch.cpp": (),
+    "block_sparse_attention/block_sparse_attention_ref.cpp": (),
+    "block_sparse_attention/plan.cpp": (),
+    "cpu/isa.cpp": (),
+    "block_sparse_attention/block_sparse_attention_avx2.cpp": VECTORS,
+    "block_sparse_attention/block_sparse_attention_avx2vnni.cpp": VECTORS,
+    "block_sparse_attention/block_sparse_attention_avx512.cpp": (*VECTORS, *AVX512),
     "cats_mlp/cats_mlp_avx2.cpp": VECTORS,
     "cats_mlp/cats_mlp_avx2vnni.cpp": VECTORS,
     "cats_mlp/cats_mlp_avx512.cpp": (*VECTORS, *AVX512),
@@ -64,19 +72,20 @@ def objects(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return made
 
 
-def test_sanitizers_find_nothing(compiler: str, objects: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("op", ROUNDS)
+def test_sanitizers_find_nothing(compiler: str, objects: dict[str, Path], tmp_path: Path, op: str) -> None:
     program = tmp_path / "fuzz"
     link = [
         compiler,
         *COMMON,
         *sanitizers_of(compiler, "driver"),
-        str(DRIVER),
+        str(DRIVERS / f"fuzz_{op}.cpp"),
         *map(str, objects.values()),
         "-o",
         str(program),
     ]
     subprocess.run(link, check=True)
-    done = subprocess.run([str(program), "1", "40"], check=False, capture_output=True, text=True)
+    done = subprocess.run([str(program), "1", ROUNDS[op]], check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -89,5 +98,6 @@ def test_units_of_one_instruction_set_share_no_code(objects: dict[str, Path]) ->
             call = ["nm", "-Cg", "--defined-only", str(objects[unit])]
             listed = subprocess.run(call, check=True, capture_output=True, text=True).stdout
             names = [line.split(maxsplit=2)[2] for line in listed.splitlines()]
-            own = f"edge::cats_mlp::kernels_{Path(unit).stem.removeprefix('cats_mlp_')}"
+            isa = Path(unit).stem.rpartition("_")[2]
+            own = f"edge::{'cats_mlp' if unit.startswith('cats') else 'attention'}::kernels_{isa}"
             assert [name for name in names if not name.startswith(("__odr_asan", "DW.ref."))] == [own]

@@ -1,0 +1,223 @@
+"""Why hybrid layers matter: small models learn to find needles, and only some can find those beyond the window.
+
+A text of 512 random filler tokens holds 8 needles, a key and its value each, anywhere; at its end stand the 8 keys, and
+the model is to say each one's value. Models of 6 layers and 4 heads are trained from scratch, alike but for what their
+layers see (blocks of 16 tokens):
+
+    full      everything
+    longgen   the middle third everything, the rest the first 16 and the last 32 tokens
+    window    the last 32 tokens in every layer: 6 layers reach 192 tokens back at most
+    s2        the last 32 tokens and one block of 4, a different one by each head: together everything
+
+Retrieval is measured by distance on new texts in PyTorch, and again in the runtime, from the exported model with its
+own caches. Lengths grow from 64 to 512 in training, else the search takes long to be found at all.
+
+    python benchmarks/needle.py --work-dir DIR [--patterns full longgen window s2] [--steps 1500] [--json] [--plot FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import machine, report
+from numpy.typing import NDArray
+
+from edge_export.quiet import hide_packages
+from edge_runtime.attention import FULL, AttentionPattern, LayerPattern, longgen, s2
+
+BLOCK, WINDOW, LAYERS, HEADS, HIDDEN = 16, 32, 6, 4, 128
+LENGTH, NEEDLES, FILLERS, KEYS, VALUES = 512, 8, 64, 64, 32
+VOCAB = 1 + FILLERS + KEYS + VALUES
+REACH = LAYERS * WINDOW
+"""Tokens that a stack of windows can see over."""
+BINS = (0, 32, 64, 128, REACH, 256, 320, 384, 448, 512)
+TEST_TEXTS = 400
+PATTERNS: dict[str, AttentionPattern] = {
+    "full": AttentionPattern.of_layers([FULL] * LAYERS, BLOCK),
+    "longgen": longgen(LAYERS, sink=BLOCK, window=WINDOW, block_size=BLOCK),
+    "window": AttentionPattern.of_layers([LayerPattern(window=WINDOW)] * LAYERS, BLOCK),
+    "s2": s2(LAYERS, HEADS, window=WINDOW, stride=HEADS, block_size=BLOCK),
+}
+FINDS = {"full": True, "longgen": True, "s2": True, "window": False}
+
+Ints = NDArray[np.int64]
+
+
+def texts(count: int, length: int, random: np.random.Generator) -> tuple[Ints, Ints, Ints]:
+    """Return texts (N, length), and for each query, (N, 8), its value and how far its needle lies back."""
+    body = length - 2 * NEEDLES
+    ids = random.integers(1, 1 + FILLERS, (count, length))
+    slots = np.argsort(random.random((count, body // 2)), axis=1)[:, :NEEDLES] * 2
+    keys = 1 + FILLERS + np.argsort(random.random((count, KEYS)), axis=1)[:, :NEEDLES]
+    values = 1 + FILLERS + KEYS + random.integers(0, VALUES, (count, NEEDLES))
+    queries = body + 2 * np.arange(NEEDLES)
+    np.put_along_axis(ids, slots, keys, 1)
+    np.put_along_axis(ids, slots + 1, values, 1)
+    ids[:, queries], ids[:, queries + 1] = keys, values
+    return ids, values, queries - slots
+
+
+def train(name: str, folder: Path, steps: int, seed: int) -> Path:
+    """Return the folder of a trained model; made unless it is there."""
+    if (folder / "config.json").is_file():
+        return folder
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from edge_export.hybrid.torch_attention import use_pattern
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_hidden_layers": LAYERS}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "max_position_embeddings": 2 * LENGTH}
+    tokens = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens))
+    use_pattern(model, PATTERNS[name])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    random, began = np.random.default_rng(seed), time.monotonic()
+    for step in range(steps):
+        length = min(LENGTH, 64 << min(3, 4 * step // steps))
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 50) * min(1.0, 4 * (steps - step) / steps)
+        ids, values, _ = texts(8192 // length, length, random)
+        asked = length - 2 * NEEDLES + 2 * np.arange(NEEDLES)
+        logits = model(torch.from_numpy(ids)).logits[:, asked]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(values).flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 49:
+            print(f"{name} {step + 1}/{steps}: {length} tokens, loss {float(loss.detach()):.3f}, "
+                  f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
+    model.config._attn_implementation = "sdpa"
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer whose words are the token ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{number}": number for number in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t0", unk_token="t0").save_pretrained(folder)
+
+
+def found_in_torch(name: str, folder: Path, ids: Ints) -> Ints:
+    """Return the values that a model says, (N, 8)."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from edge_export.hybrid.torch_attention import use_pattern
+
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    use_pattern(model, PATTERNS[name])
+    asked = LENGTH - 2 * NEEDLES + 2 * np.arange(NEEDLES)
+    with torch.no_grad():
+        parts = [model(torch.from_numpy(ids[i : i + 16])).logits[:, asked].argmax(-1) for i in range(0, len(ids), 16)]
+    return np.concatenate([part.numpy() for part in parts])
+
+
+def found_in_runtime(folder: Path, ids: Ints) -> Ints:
+    """Return the same from the exported model, read in chunks of 100 tokens with the caches of its pattern."""
+    from edge_export.convert import export_model
+    from edge_runtime.config import LoadConfig
+    from edge_runtime.manifest import load_manifest
+    from edge_runtime.paged_model import PagedModel
+
+    exported = folder.with_name(folder.name + "-int8")
+    if not exported.is_dir():
+        export_model(folder, exported, weights="int8")
+    model = PagedModel(exported, load_manifest(exported), "CPU", LoadConfig(attention="block_sparse"))
+    made = []
+    for row in ids.tolist():
+        model.rollback(0)
+        for begin in range(0, LENGTH - 2 * NEEDLES, 100):
+            model.forward(row[begin : min(begin + 100, LENGTH - 2 * NEEDLES)], 1)
+        logits = model.forward(row[LENGTH - 2 * NEEDLES :], 2 * NEEDLES)
+        made.append(logits[::2].argmax(-1))
+    return np.array(made)
+
+
+def by_distance(hits: NDArray[np.bool_], distances: Ints) -> list[dict[str, Any]]:
+    """Return the share of needles found in each range of distances."""
+    rows = []
+    for low, high in itertools.pairwise(BINS):
+        inside = (distances > low) & (distances <= high)
+        rows.append({"from": low, "to": high, "found": float(hits[inside].mean()), "needles": int(inside.sum())})
+    return rows
+
+
+def measure(name: str, folder: Path, steps: int) -> dict[str, Any]:
+    """Train, unless done; return what is found at which distance."""
+    model = train(name, folder, steps, seed=0)
+    ids, values, distances = texts(TEST_TEXTS, LENGTH, np.random.default_rng(99))
+    hits = found_in_torch(name, model, ids) == values
+    some = slice(0, 100)
+    runtime_hits = found_in_runtime(model, ids[some]) == values[some]
+    far = distances > REACH
+    return {
+        "pattern": name,
+        "beyond_reach": float(hits[far].mean()),
+        "beyond_reach_in_runtime": float(runtime_hits[far[some]].mean()),
+        "by_distance": by_distance(hits, distances),
+    }
+
+
+def save_plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the share that is found by distance, a line for each pattern."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        bins = row["by_distance"]
+        axes.plot([(b["from"] + b["to"]) / 2 for b in bins], [b["found"] for b in bins], "o-", label=row["pattern"])
+    axes.axvline(REACH, color="gray", linestyle=":", label="reach of stacked windows")
+    axes.set_xlabel("tokens from needle to question")
+    axes.set_ylabel("needles found")
+    axes.set_ylim(0, 1.05)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, required=True, help="where models and results are kept")
+    parser.add_argument("--patterns", nargs="*", choices=PATTERNS, default=list(PATTERNS))
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    hide_packages()
+    rows = []
+    for name in options.patterns:
+        kept = options.work_dir / f"{name}.json"
+        if not kept.is_file():
+            made = measure(name, options.work_dir / name, options.steps)
+            kept.write_text(json.dumps(made), encoding="utf-8")
+        rows.append(json.loads(kept.read_text(encoding="utf-8")))
+    if options.plot:
+        save_plot(rows, options.plot)
+    checks = {}
+    for row in rows:
+        for place in ("beyond_reach", "beyond_reach_in_runtime"):
+            is_found = row[place] >= 0.95
+            wanted = "95 % are found" if FINDS[row["pattern"]] else "few are found"
+            holds = is_found if FINDS[row["pattern"]] else row[place] < 0.2
+            checks[f"{row['pattern']}, {place.replace('_', ' ')}: {wanted}"] = holds
+    return report({"rows": rows, "machine": machine()}, checks, options.json)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
