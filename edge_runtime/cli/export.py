@@ -29,8 +29,12 @@ def export(
         Path | None, typer.Option(metavar="FILE", help="int4, --cats: fit them to how the model reads this text.")
     ] = None,
     calibration_method: Annotated[
-        str, typer.Option(metavar="NAME", help="gptq, or awq: less exact, four times as fast.")
-    ] = "gptq",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="int4: gptq, or awq: less exact, four times as fast. gptq by default, none with --cats.",
+        ),
+    ] = None,
     mlp: Annotated[
         str, typer.Option(metavar="KIND", help="stock, or fused: gated MLPs as one faster op; with int8 or int4.")
     ] = "stock",

@@ -91,7 +91,7 @@ def export_model(
     group_size: int = 128,
     symmetric: bool = False,
     calibration_text: str | Path | None = None,
-    calibration_method: str = "gptq",
+    calibration_method: str | None = None,
     mlp: str = "stock",
     cats: float | None = None,
     cats_method: str = "cats",
@@ -107,9 +107,10 @@ def export_model(
         weights: `fp32`, `fp16`, `int8` or `int4`.
         group_size: Weights that share a scale, with int4; -1 for whole output channels.
         symmetric: No zero points in int8 and int4: somewhat less exact, but what NPUs run.
-        calibration_text: A text file like what the model will read; int4 weights are then fitted to it, and `cats`
-            finds its thresholds there.
-        calibration_method: `gptq`, or `awq`, which is faster.
+        calibration_text: A text file like what the model will read; int4 weights are fitted to it, or `cats` finds its
+            thresholds there.
+        calibration_method: `gptq`, or `awq`, which is faster. None is gptq, and with `cats` no fitting of int4 weights,
+            which takes hours for a billion of them.
         mlp: `stock`, or `fused` for gated MLPs as one op of ours each, with int8 or int4.
         cats: Share of the MLPs' neurons to skip at each token, between 0 and 1; implies `fused`.
         cats_method: `cats` for one threshold in each layer, `chess` for one for each neuron.
@@ -125,7 +126,7 @@ def export_model(
     """
     output = Path(output)
     form = WeightFormat(
-        weights=weights, group_size=group_size, symmetric=symmetric, calibration_method=calibration_method
+        weights=weights, group_size=group_size, symmetric=symmetric, calibration_method=calibration_method or "gptq"
     )
     mlp_form = MlpFormat(mlp=mlp, cats=cats, cats_method=cats_method)
     mlp_form.check(weights, group_size, calibration_text)
@@ -160,7 +161,8 @@ def export_model(
             )
             verify.check_windows(model, config)
         with stage("compress"):
-            model = compress(model, form, windows if weights == "int4" else ())
+            is_fitted = weights == "int4" and (cats is None or calibration_method is not None)
+            model = compress(model, form, windows if is_fitted else ())
             if mlp_form.is_fused:
                 fuse_mlps(model, reference.sparsity.thresholds if reference.sparsity else None)
             ov.save_model(model, folder / MODEL_NAME, compress_to_fp16=False)
