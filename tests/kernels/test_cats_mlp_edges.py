@@ -7,11 +7,9 @@ import pytest
 from numpy.typing import NDArray
 
 from ov_kernels.mlp_blob import GatedMlp, Matrix, pack
-from tests.kernels.test_cats_mlp import compile_op, expected, isa, make_mlp, rms_error_of, tokens
+from tests.kernels.test_cats_mlp import compile_op, expected, make_mlp, rms_error_of, tokens
 
 pytestmark = pytest.mark.kernels
-
-__all__ = ["isa"]
 
 
 def bf16(values: NDArray[np.float32]) -> Matrix:

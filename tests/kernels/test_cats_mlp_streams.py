@@ -14,11 +14,10 @@ from openvino.utils.node_factory import NodeFactory
 
 import ov_kernels
 from ov_kernels.mlp_blob import pack
-from tests.kernels.test_cats_mlp import isa, make_mlp, tokens
+from tests.kernels.test_cats_mlp import make_mlp, tokens
 
 pytestmark = pytest.mark.kernels
 
-__all__ = ["isa"]
 
 REQUESTS, ROUNDS = 4, 12
 
