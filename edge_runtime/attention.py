@@ -18,13 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import ConfigError
 
+Positions = TypeVar("Positions", int, NDArray[np.int64])
+"""One position or several."""
 BLOCK_SIZE = 64
 """Tokens of a block, unless said otherwise: S2-Attention's and Phi-3-small's choice."""
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -92,13 +94,13 @@ class LayerPattern:
         dense = np.arange(num_heads) >= num_heads - self.num_dense_heads
         return np.where(dense | self.is_full, 1, self.stride)
 
-    def local_start(self, position: NDArray[np.int64] | int, block_size: int) -> NDArray[np.int64]:
-        """Return the first position of the local window of queries at `position`."""
+    def local_start(self, position: Positions, block_size: int) -> Positions:
+        """Return the first position of the local window of a query at `position`, or of each of several."""
         if self.window is None:
-            return np.zeros_like(position)
-        end = np.add(position, 1) if self.by_tokens else (np.floor_divide(position, block_size) + 1) * block_size
-        start: NDArray[np.int64] = np.maximum(0, end - self.window)
-        return start
+            return position * 0
+        end = position + 1 if self.by_tokens else (position // block_size + 1) * block_size
+        start = end - self.window
+        return start * (start > 0)
 
     def token_mask(
         self, queries: NDArray[np.int64], num_keys: int, num_heads: int, block_size: int

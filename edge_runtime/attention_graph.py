@@ -6,6 +6,7 @@ says what its layers see. Layers that are sliding by nature (Gemma, Mistral) say
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,12 +18,16 @@ import ov_kernels
 from edge_runtime.attention import FULL, AttentionPattern, LayerPattern
 from edge_runtime.config import LoadConfig
 from edge_runtime.devices import core, kv_precision
-from edge_runtime.errors import ConfigError, DeviceError, ModelFormatError
+from edge_runtime.errors import ConfigError, DeviceError, ExtensionError, ModelFormatError
 from edge_runtime.paged_graph import STOCK_OP, attention_ops
+
+_log = logging.getLogger(__name__)
 
 OP_TYPE = "BlockSparseAttention"
 KV_TYPES = ("f32", "bf16", "u8")
 """How the op can keep keys and values."""
+LARGEST_HEAD, MOST_GROUPED = 256, 64
+"""Of the op: numbers of a key, and query heads that share one."""
 OURS_FROM = 8 << 20
 """Bytes of weights a layer from which our op is the choice for full attention too. A step of it costs the plugin about
 15 us a layer more, whatever the context; OpenVINO's costs more from some hundred tokens on. On 2 cores with AVX-512, in
@@ -95,14 +100,32 @@ def use_block_sparse_attention(
 
 
 def _is_faster(layers: list[Any], device: str, config: LoadConfig, weight_bytes: int) -> bool:
-    """Whether our op can serve a model as it is, and is not slower; how many tokens it will hold nobody knows."""
+    """Whether our op can serve a model as it is, and is not slower; how many tokens it will hold nobody knows.
+
+    What it cannot serve is no error: nobody has asked for it.
+    """
     return (
         device == "CPU"
         and weight_bytes >= OURS_FROM * len(layers)
         and kv_precision(config) in KV_TYPES
-        and ov_kernels.library_path() is not None
         and not any(map(_other_terms, layers))
+        and all(map(_has_known_sizes, layers))
+        and _is_installed()
     )
+
+
+def _has_known_sizes(layer: Any) -> bool:
+    num_heads, num_kv_heads = _heads(layer)
+    sizes = [_fact(layer, name) for name in ("k_head_size", "v_head_size")]
+    return num_heads <= MOST_GROUPED * num_kv_heads and all(size % 16 == 0 and size <= LARGEST_HEAD for size in sizes)
+
+
+def _is_installed() -> bool:
+    try:
+        return ov_kernels.add_to(core()) and ov_kernels.instruction_set() != "none"
+    except ExtensionError as error:
+        _log.warning("attention runs in OpenVINO's op, since ours cannot be loaded: %s", error)
+        return False
 
 
 def layer_heads(model: ov.Model) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ Source of the rule: a key that is unseen once is never seen again (KV-efficiency
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import openvino as ov
@@ -49,9 +49,21 @@ class BlockTable:
         self._end = self._left = 0
         self._settled = -1
 
-    def is_settled(self, past: int, end: int) -> bool:
-        """Whether tokens `past` to `end` need no other blocks than the step before: mostly so, and quickly told."""
-        return end <= self._end * self._block_size and past // self._block_size == self._settled
+    def hold(self, past: int, end: int, resize: Callable[[int], object]) -> None:
+        """Hold what tokens `past` to `end` see, and make room for them: mostly nothing is to be done for it.
+
+        Args:
+            past: Tokens that are accepted.
+            end: Of those that are computed next.
+            resize: Called where there are to be more or fewer physical blocks; calls `resize` of this table.
+        """
+        if end <= self._end * self._block_size and past // self._block_size == self._settled:
+            return
+        self.leave(past)
+        wanted = self.wanted_blocks(end, end - past <= NARROW)
+        if wanted != self.num_blocks:
+            resize(wanted)
+        self.enter(end)
 
     def leave(self, past: int) -> None:
         """Free what a token from `past` on does not see, nor one of the block before."""
@@ -93,8 +105,7 @@ class BlockTable:
         first = -(-kept // self._block_size)
         if first < self._end:
             self._release(np.ones((self._num_kv_heads, self._end - first), bool), first)
-            self._end, self._left = first, min(self._left, first)
-        self._settled = -1
+            self._end, self._left, self._settled = first, min(self._left, first), -1
         return kept
 
     def widen(self, blocks: int) -> None:
@@ -115,7 +126,7 @@ class BlockTable:
         return old, new
 
     def _first_near(self, position: int) -> int:
-        return int(self.pattern.local_start(position, self._block_size)) // self._block_size
+        return self.pattern.local_start(position, self._block_size) // self._block_size
 
     def _release(self, chosen: NDArray[np.bool_], first: int) -> None:
         """Free the chosen blocks, (H_kv, n), of the logical ones from `first` on."""
@@ -142,22 +153,21 @@ class _Group:
         self._memory = {name: aligned_bytes(0) for name in shapes}
 
     def hold(self, past: int, end: int) -> None:
-        if self.table.is_settled(past, end):
-            return
-        self.table.leave(past)
-        self.resize(self.table.wanted_blocks(end, end - past <= NARROW))
-        self.table.enter(end)
+        self.table.hold(past, end, self.resize)
 
     def resize(self, num_blocks: int) -> None:
         """Have so many physical blocks in every layer, with what is held."""
-        if num_blocks == self.table.num_blocks:
-            return
         old, new = self.table.resize(num_blocks)
         for name, size in self._block_bytes.items():
             memory = aligned_bytes(num_blocks * size)
             memory.reshape(-1, size)[new] = self._memory[name].reshape(-1, size)[old]
             self._memory[name] = memory
             self._request.set_tensor(name, ov.Tensor(memory, ov.Shape([num_blocks, size]), ov.Type.u8))
+
+    def reserve(self, blocks: int) -> None:
+        """Have at least so many physical blocks for each head."""
+        if blocks * len(self.table.table) > self.table.num_blocks:
+            self.resize(blocks * len(self.table.table))
 
     def widen(self, blocks: int) -> None:
         self.table.widen(blocks)
@@ -207,13 +217,13 @@ class BlockCache:
             if blocks * self.block_size > self.capacity:
                 group.widen(blocks)
             if group.table.pattern.is_full:
-                group.resize(max(group.table.num_blocks, blocks * len(group.table.table)))
+                group.reserve(blocks)
         self.capacity = max(self.capacity, blocks * self.block_size)
 
     def reserve_blocks(self, blocks: int) -> None:
         """Make room for so many blocks of tokens in every layer and head."""
         for group in self._groups:
-            group.resize(max(group.table.num_blocks, blocks * len(group.table.table)))
+            group.reserve(blocks)
 
     def hold(self, past: int, end: int) -> None:
         """Let the next inference compute tokens `past` to `end`: free what they no longer see, add their blocks."""

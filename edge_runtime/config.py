@@ -119,7 +119,7 @@ class LoadConfig(_Options):
         config = dataclasses.replace(self, device=self.draft_device or self.device, npu_step_tokens=1)
         if not config.device.upper().startswith("NPU"):
             return config
-        return dataclasses.replace(config, precision="auto", kv_precision="auto")
+        return dataclasses.replace(config, precision="auto", kv_precision="auto", attention="auto")
 
 
 @dataclass(frozen=True, kw_only=True)

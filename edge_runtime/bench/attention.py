@@ -101,7 +101,8 @@ class AttentionBench:
         prefill = between.sum(axis=0) / chunk + (chunks[0] + chunks[-1]) / 2
         decode = self._time(variants, context - 1, 1)
         for phase, times in (("prefill", prefill), ("decode", decode)):
-            made = [self._row(scope, context, phase, *pair) for pair in zip(variants, times, strict=True)]
+            full_bytes = variants[0].kv_bytes
+            made = [self._row(scope, context, phase, full_bytes, *pair) for pair in zip(variants, times, strict=True)]
             for row in made:
                 full = next(other for other in made if (other["impl"], other["pattern"]) == (row["impl"], "full"))
                 row["ratio"] = round(full["ms"] / row["ms"], 3)
@@ -115,18 +116,18 @@ class AttentionBench:
         times = np.zeros((len(variants), WARM_UP + rounds))
         for turn in range(WARM_UP + rounds):
             for index, variant in enumerate(variants):
-                if (
-                    count == 1
-                ):  # brings the program back to the processor's caches, which the variant before has emptied
-                    variant.step(count)
+                if count == 1:
+                    variant.step(count)  # brings the program back to the caches, which the variant before has emptied
                 begin = time.perf_counter()
                 variant.step(count)
                 times[index, turn] = 1000 * (time.perf_counter() - begin)
         return times[:, WARM_UP:]
 
-    def _row(self, scope: str, context: int, phase: str, variant: Variant, times: Times) -> dict[str, Any]:
+    def _row(
+        self, scope: str, context: int, phase: str, full_bytes: int, variant: Variant, times: Times
+    ) -> dict[str, Any]:
         low, middle, high = np.quantile(times, (0.1, 0.5, 0.9))
-        formula = self._formula(variant.case.pattern, context, phase)
+        formula = self._formula(variant.case.pattern, context, phase, full_bytes)
         return {
             "impl": variant.impl,
             "pattern": variant.case.name,
@@ -141,8 +142,15 @@ class AttentionBench:
             "formula_ratio": None if scope == "model" and phase == "prefill" else round(formula, 3),
         }
 
-    def _formula(self, pattern: AttentionPattern, context: int, phase: str) -> float:
-        """Return the time of full attention over that of a pattern, by what has to be read or multiplied."""
+    def _formula(self, pattern: AttentionPattern, context: int, phase: str, full_bytes: int) -> float:
+        """Return the time of full attention over that of a pattern, by what has to be read or multiplied.
+
+        Args:
+            pattern: Of all layers.
+            context: Tokens.
+            phase: `prefill` or `decode`.
+            full_bytes: Of keys and values of full attention.
+        """
         num_heads, num_kv_heads = self._heads
         layers = len(pattern.layers) * num_kv_heads
 
@@ -152,9 +160,8 @@ class AttentionBench:
         if phase == "prefill":
             ends = range(BLOCK_SIZE, context + 1, max(BLOCK_SIZE, context // 64))
             return sum(layers * end for end in ends) / sum(seen(end) for end in ends)
-        key_bytes = 2 * self._settings.head_size
-        full = layers * context * key_bytes
-        return (self._weight_bytes + full) / (self._weight_bytes + min(full, seen(context) * key_bytes))
+        kept = min(1.0, seen(context) / (layers * context))
+        return (self._weight_bytes + full_bytes) / (self._weight_bytes + kept * full_bytes)
 
 
 def cases(settings: AttentionSettings, num_layers: int, num_kv_heads: int) -> list[Case]:

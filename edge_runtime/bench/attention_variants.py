@@ -15,7 +15,7 @@ from openvino import opset13
 import ov_kernels
 from edge_runtime.attention import AttentionPattern
 from edge_runtime.attention_graph import LayerShape, attention_op, block_bytes, parameter
-from edge_runtime.block_cache import NARROW, BlockTable
+from edge_runtime.block_cache import BlockTable
 from edge_runtime.config import LoadConfig
 from edge_runtime.devices import compile_properties, core
 from edge_runtime.paged_cache import StockCache, aligned_bytes
@@ -93,12 +93,8 @@ class OwnLayer:
         """Hold `past` tokens, and make room for those up to `end`."""
         self._table.widen(-(-end // self.case.pattern.block_size))
         for begin in [*range(self._held, past, STRIDE_OF_PLACES), past]:
-            self._table.leave(begin)
             until = min(begin + STRIDE_OF_PLACES, past) if begin < past else end
-            wanted = self._table.wanted_blocks(until, until - begin <= NARROW)
-            if wanted != self._table.num_blocks:
-                self._table.resize(wanted)
-            self._table.enter(until)
+            self._table.hold(begin, until, self._table.resize)
         self._held = end
         self._past[0] = past
         size = self._table.num_blocks * self._block_bytes
@@ -139,8 +135,7 @@ class StockLayer:
         ports += [sinks, zero, none, none, none, none, _constant([], np.uint8), none]
         op = ov.op._PagedAttentionExtension([node.output(0) for node in ports])
         facts = op.get_rt_info()
-        for name, value in zip(("num_k_heads", "num_v_heads"), [shape.num_kv_heads] * 2, strict=True):
-            facts[name] = value
+        facts["num_k_heads"] = facts["num_v_heads"] = shape.num_kv_heads
         facts["k_head_size"], facts["v_head_size"] = shape.key_size, shape.value_size
         compiled = core().compile_model(ov.Model([op.output(0)], inputs), "CPU", _properties())
         self._request = compiled.create_infer_request()

@@ -98,7 +98,7 @@ class AttentionSettings:
     num_kv_heads: int = 8
     head_size: int = 128
     rounds: int = 7
-    longest_peer: int = 131_072
+    longest_peer: int = 32_768
 
     def __post_init__(self) -> None:
         for name in ("window", "kept", "chunk", "num_heads", "num_kv_heads", "head_size", "rounds"):
@@ -110,5 +110,7 @@ class AttentionSettings:
             raise ConfigError(
                 f"contexts are {list(self.contexts)}, expected at least two chunks of {self.chunk} tokens"
             )
+        if self.head_size % 16 or self.head_size > 256:
+            raise ConfigError(f"head_size is {self.head_size}, expected a multiple of 16 up to 256")
         if any(stride < 1 for stride in self.strides):
             raise ConfigError(f"strides are {list(self.strides)}, expected numbers of blocks")

@@ -100,8 +100,18 @@ def _report(folder: Path, manifest: Manifest, shape: dict[str, int], attention: 
         **shape,
         "mlp": manifest.mlp and vars(manifest.mlp),
         "attention": manifest.attention and manifest.attention.to_json(),
+        "sliding_window": None if manifest.attention else _sliding_window(folder),
         "kv_bytes": [_kv_bytes(tokens, shape, attention) for tokens in _contexts(manifest.context_length)],
     }
+
+
+def _sliding_window(folder: Path) -> int | None:
+    """Return the window that some layers of a natively sliding family have; which ones, its graph alone says."""
+    from edge_runtime.manifest import read_json
+
+    config = read_json(folder / "config.json")
+    window = (config.get("text_config") or config).get("sliding_window")
+    return window if isinstance(window, int) else None
 
 
 def _contexts(longest: int | None) -> list[int]:
@@ -139,6 +149,10 @@ def _print_report(report: dict[str, Any], attention: AttentionPattern) -> None:
         print(f"{name:14}{value}")
     for index, (pattern, layers) in enumerate(zip(attention.patterns, attention.groups, strict=True)):
         print(f"{'' if index else 'attention':14}{pattern_words(pattern)}: layers {_ranges(layers)}")
+    if report["sliding_window"]:
+        print(
+            f"{'':14}but for layers with a window of {report['sliding_window']:,} tokens, which the graph has: at most"
+        )
     print(f"\n{'tokens':>10} {'keys and values, u8':>22} {'of full attention':>19}")
     for row in report["kv_bytes"]:
         print(f"{row['tokens']:>10,} {row['bytes'] / 1e6:>19,.1f} MB {row['bytes'] / row['bytes_if_full']:>18.1%}")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from edge_runtime.cli import console
-from edge_runtime.cli.options import parse_number
-from edge_runtime.cli.training import StageBars
+from edge_runtime.cli.training import run_adaptation
 
 _TRAINING = "Training"
 
@@ -46,30 +43,20 @@ def train_cats(
     from edge_export.extra import require_export_extra
 
     require_export_extra()
-    from edge_export.adapt import AdaptRecipe, adapt
     from edge_export.cats.finetune import CatsAdaptation
 
-    recipe = AdaptRecipe(
+    run_adaptation(
+        CatsAdaptation(cats=cats, method=cats_method, rank=rank, loss_name=loss),
+        output,
+        "neurons skipped",
+        as_json,
+        text,
+        max_tokens,
         source=source,
-        text=tuple(text),
         window=window,
-        max_tokens=parse_number("--max-tokens", max_tokens) if max_tokens else None,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         learning_rate=learning_rate,
         precision=precision,
         seed=seed,
     )
-    adaptation = CatsAdaptation(cats=cats, method=cats_method, rank=rank, loss_name=loss)
-    with StageBars() as on_progress:
-        made = adapt(recipe, adaptation, output, on_progress)
-    if made is None:
-        return  # of several processes, the first speaks
-    if as_json:
-        console.write_json(json.loads((output / "training.json").read_text(encoding="utf-8")))
-    else:
-        print(
-            f"{output}: perplexity of held-out text {made.original:.2f} dense, {made.before:.2f} with neurons skipped, "
-            f"{made.after:.2f} after training on {made.tokens:,} tokens"
-        )
-        console.note(f"next: edge-run export {output} -o {output}-ir")

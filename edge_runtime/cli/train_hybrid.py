@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from edge_runtime.cli import console
 from edge_runtime.cli.options import parse_number
-from edge_runtime.cli.training import StageBars
+from edge_runtime.cli.training import run_adaptation
 
 _TRAINING = "Training"
 
@@ -47,31 +45,21 @@ def train_hybrid(
     from edge_export.extra import require_export_extra
 
     require_export_extra()
-    from edge_export.adapt import AdaptRecipe, adapt
     from edge_export.hybrid.finetune import HybridAdaptation
 
     length = int(parse_number("--context", context)) if context else None
-    recipe = AdaptRecipe(
+    run_adaptation(
+        HybridAdaptation(attention, length, rope_theta, from_scratch, seed),
+        output,
+        "the pattern",
+        as_json,
+        text,
+        max_tokens,
         source=source,
-        text=tuple(text),
         window=length if window is None else window,
-        max_tokens=parse_number("--max-tokens", max_tokens) if max_tokens else None,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         learning_rate=learning_rate,
         precision=precision,
         seed=seed,
     )
-    adaptation = HybridAdaptation(attention, length, rope_theta, from_scratch, seed)
-    with StageBars() as on_progress:
-        made = adapt(recipe, adaptation, output, on_progress)
-    if made is None:
-        return  # of several processes, the first speaks
-    if as_json:
-        console.write_json(json.loads((output / "training.json").read_text(encoding="utf-8")))
-    else:
-        print(
-            f"{output}: perplexity of held-out text {made.original:.2f} dense, {made.before:.2f} with the pattern, "
-            f"{made.after:.2f} after training on {made.tokens:,} tokens"
-        )
-        console.note(f"next: edge-run export {output} -o {output}-ir")

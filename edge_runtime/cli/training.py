@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from edge_runtime.cli import console
+from edge_runtime.cli.options import parse_number
 
 if TYPE_CHECKING:
+    from edge_export.adapt import Adaptation
     from edge_export.fastdraft.data import OnProgress
 
 
@@ -34,3 +38,40 @@ class StageBars:
             if self._bars.disable:
                 console.note(f"{stage}: {wanted:,} to do")
         self._bars.update(self._task, completed=done, total=wanted, figure=figure)
+
+
+def run_adaptation(
+    adaptation: Adaptation,
+    output: Path,
+    change: str,
+    as_json: bool,
+    text: list[Path],
+    max_tokens: str | None,
+    **recipe: Any,
+) -> None:
+    """Train a model under a change, with bars, and say what came out.
+
+    Args:
+        adaptation: The change.
+        output: The folder to make.
+        change: What it is, in the report's words.
+        as_json: Whether to print the record of the training instead.
+        text: To train on.
+        max_tokens: At most, as the user wrote it.
+        recipe: The other entries of `AdaptRecipe`.
+    """
+    from edge_export.adapt import AdaptRecipe, adapt
+
+    most = parse_number("--max-tokens", max_tokens) if max_tokens else None
+    with StageBars() as on_progress:
+        made = adapt(AdaptRecipe(text=tuple(text), max_tokens=most, **recipe), adaptation, output, on_progress)
+    if made is None:
+        return  # of several processes, the first speaks
+    if as_json:
+        console.write_json(json.loads((output / "training.json").read_text(encoding="utf-8")))
+    else:
+        print(
+            f"{output}: perplexity of held-out text {made.original:.2f} dense, {made.before:.2f} with {change}, "
+            f"{made.after:.2f} after training on {made.tokens:,} tokens"
+        )
+        console.note(f"next: edge-run export {output} -o {output}-ir")

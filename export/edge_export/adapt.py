@@ -8,8 +8,6 @@ What is changed, and what is learned, is an `Adaptation`: `cats.finetune` skips 
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -23,16 +21,18 @@ from edge_export import corpus, torch_source
 from edge_export.corpus import Windows
 from edge_export.fastdraft.data import OnProgress
 from edge_export.quiet import quiet
-from edge_export.sources import Source, open_source
+from edge_export.record import check_same, plain, write_json
+from edge_export.sources import Source, load_config, open_source
 from edge_export.staging import check_output, staged
 from edge_export.tokenizer_files import save_tokenizer
-from edge_export.train import Progress, TrainConfig, best_precision, next_token_loss, processes, train
-from edge_runtime.errors import ConfigError, ModelFormatError
+from edge_export.train import CHECKPOINT, Progress, TrainConfig, best_precision, next_token_loss, processes, train
+from edge_runtime.errors import ConfigError
 from edge_runtime.tokenizer import TOKENIZER_NAME
 
 if TYPE_CHECKING:
     import torch
 
+HINT = "give the same options to go on with it, or remove the folder"
 HELD_OUT_WINDOWS = 32
 """Most windows on which perplexity is measured before and after."""
 
@@ -79,6 +79,9 @@ class Adaptation(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the outcome, for the record and to tell another training's folder."""
+
+    def check(self, config: Any, window: int | None) -> None:
+        """Refuse what a model of this transformers config, trained on windows of this length, cannot have."""
 
     def begin(self, model: Any, windows: Windows, work: Path) -> Any:
         """Put the change into effect; return the model to be trained."""
@@ -127,9 +130,14 @@ def adapt(
     check_output(output, overwrite=False)
     is_main = processes().is_main_process
     work = output.with_name(output.name + ".training")
-    work.mkdir(parents=True, exist_ok=True)
-    _check_same(recipe, adaptation, work / "recipe.json", is_main)
     origin = open_source(recipe.source)
+    adaptation.check(load_config(origin), recipe.window)
+    if is_main:
+        if not (work / CHECKPOINT).is_dir():
+            shutil.rmtree(work, ignore_errors=True)  # nothing was learned there
+        work.mkdir(parents=True, exist_ok=True)
+        check_same({**plain(recipe), **adaptation.settings()}, work / "recipe.json", HINT)
+    processes().wait_for_everyone()
     on_progress("read", 0, 1, "")
     with quiet():
         torch_source.check_supported(origin)
@@ -156,8 +164,7 @@ def adapt(
         with quiet():
             adaptation.save(trained, folder)
         save_tokenizer(origin, folder)
-        record = {"recipe": _plain(recipe), **adaptation.settings(), **_plain(made)}
-        (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "training.json", {"recipe": plain(recipe), **adaptation.settings(), **plain(made)})
     shutil.rmtree(work)
     return made
 
@@ -202,24 +209,3 @@ def _shower(on_progress: OnProgress) -> Callable[[Progress], None]:
         on_progress("train", progress.step, progress.num_steps, figure)
 
     return show
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(value), default=str))
-    return plain
-
-
-def _check_same(recipe: AdaptRecipe, adaptation: Adaptation, path: Path, is_main: bool) -> None:
-    """Keep what decides what is learned; refuse to go on with a training that began otherwise."""
-    told = {**_plain(recipe), **adaptation.settings()}
-    if not path.is_file():
-        if is_main:
-            path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in told.items():
-        if before.get(name) != value:
-            raise ModelFormatError(
-                f"`{path.parent}` holds a training whose {name} was {before.get(name)}, not {value}",
-                "give the same options to go on with it, or remove the folder",
-            )

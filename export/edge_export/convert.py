@@ -35,7 +35,7 @@ from edge_export.compress import WeightFormat, calibration_windows, compress
 from edge_export.hybrid.patterns import CONFIG_ENTRY, check_fits, of_config, parse_pattern, shape_of
 from edge_export.hybrid.torch_attention import patterned
 from edge_export.quiet import quiet
-from edge_export.sources import Source, open_source, unsupported
+from edge_export.sources import Source, load_config, open_source
 from edge_export.staging import check_free_disk, check_output, staged
 from edge_export.tokenizer_files import save_tokenizer
 from edge_export.verify import Verification
@@ -146,7 +146,7 @@ def export_model(
             origin = open_source(source)
             _check_apart(origin, output)
             check_free_disk(output, _disk_bytes(origin, weights))
-            config = _load_config(origin)
+            config = load_config(origin)
             pattern = _pattern(origin, config, attention)
             mlp_form, thresholds = _trained_thresholds(origin, mlp_form)
             tokenizer = save_tokenizer(origin, folder)
@@ -212,15 +212,6 @@ def _disk_bytes(source: Source, weights: str) -> int:
     stored = 2 if source.is_sixteen_bit else 4
     graph = 0.0 if source.onnx else 4.0 if weights == "fp32" else stored
     return int(source.weight_bytes / stored * (graph + _BYTES_PER_WEIGHT[weights]))
-
-
-def _load_config(source: Source) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        raise unsupported(source) from error
 
 
 def _save_configs(source: Source, config: Any, folder: Path) -> None:

@@ -6,7 +6,7 @@ import importlib.util
 
 from edge_runtime.errors import MissingExtraError
 
-PACKAGES = ("torch", "transformers", "accelerate", "optimum", "nncf", "onnx", "safetensors")
+PACKAGES = ("torch", "transformers", "accelerate", "optimum", "nncf", "onnx", "safetensors", "peft")
 INSTALL_HINT = 'pip install "edge-runtime[export]"'
 
 

@@ -164,3 +164,17 @@ def _download(hub_id: str) -> Path:
             f"`{hub_id}` is no folder here, and the model hub cannot be reached",
             "check the network, or give the path of a folder",
         ) from error
+
+
+def load_config(source: Source) -> Any:
+    """Return the transformers config of a model.
+
+    Raises:
+        ExportError: transformers does not know the architecture.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise unsupported(source) from error

@@ -13,6 +13,7 @@ from edge_runtime.config import LoadConfig
 from edge_runtime.manifest import MODEL_NAME, load_manifest
 from edge_runtime.paged_model import PagedModel
 from edge_runtime.tokenizer import Tokenizer
+from tests.tiny_models import SENTENCES
 
 
 def torch_logits(folder: Path, token_ids: list[int]) -> NDArray[np.float32]:
@@ -32,6 +33,14 @@ def runtime_logits(folder: Path, token_ids: list[int], *, parts: int = 3) -> NDA
     model = PagedModel(folder, load_manifest(folder), "CPU", LoadConfig(precision="f32"))
     pieces = [piece.tolist() for piece in np.array_split(token_ids, parts)]
     return np.concatenate([model.forward(piece, len(piece)).copy() for piece in pieces])
+
+
+def write_shuffled(path: Path, repeats: int) -> Path:
+    """Write the words of the tokenizers' sentences, so many times each, in a fixed random order."""
+    words = " ".join(SENTENCES).split()
+    order = np.random.default_rng(0).permutation(np.arange(repeats * len(words)) % len(words))
+    path.write_text(" ".join(words[i] for i in order), encoding="utf-8")
+    return path
 
 
 def encode(folder: Path, text: str) -> list[int]:

@@ -16,7 +16,7 @@ from edge_runtime.errors import ConfigError, ModelFormatError
 from edge_runtime.fused_mlp import fused_mlps
 from edge_runtime.manifest import MlpFacts, load_manifest
 from edge_runtime.paged_model import read_model
-from tests.export.helpers import encode, runtime_logits, torch_logits
+from tests.export.helpers import encode, runtime_logits, torch_logits, write_shuffled
 from tests.tiny_models import SENTENCES, make_hf_model
 
 HYBRID = "longgen:window=16,sink=16,block=16"
@@ -30,11 +30,7 @@ def hf(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("adapt") / "text.txt"
-    words = " ".join(SENTENCES).split()
-    order = np.random.default_rng(0).permutation(np.arange(60 * len(words)) % len(words))
-    path.write_text(" ".join(words[i] for i in order), encoding="utf-8")
-    return path
+    return write_shuffled(tmp_path_factory.mktemp("adapt") / "text.txt", 60)
 
 
 def recipe(hf, text, **options) -> AdaptRecipe:
@@ -59,11 +55,22 @@ def test_training_brings_the_dense_models_words_back(cats):
     assert not folder.with_name("out.training").exists()
 
 
-def test_thresholds_are_those_from_before_training(cats, hf, text):
-    """Found on the dense model; the same text gives the same again."""
-    share, method, thresholds = read_thresholds(cats[1])
-    assert (share, method, len(thresholds)) == (0.5, "cats", 3)
-    assert all(layer.shape == (1,) and layer[0] > 0 for layer in thresholds)
+@pytest.mark.parametrize("method", ["cats", "chess"])
+def test_thresholds_stay_as_they_were_found(cats, hf, text, tmp_path, method):
+    """On the dense model: whatever is learned, and how fast, they are the same."""
+    shape = (1,) if method == "cats" else (256,)
+    found = []
+    for rate in (1e-4, 1e-2):
+        adaptation = CatsAdaptation(cats=0.5, method=method, rank=4)
+        adapt(recipe(hf, text, learning_rate=rate), adaptation, tmp_path / str(rate))
+        share, kept, thresholds = read_thresholds(tmp_path / str(rate))
+        assert (share, kept, [layer.shape for layer in thresholds]) == (0.5, method, [shape] * 3)
+        found.append(thresholds)
+    weights = [(tmp_path / str(rate) / "model.safetensors").read_bytes() for rate in (1e-4, 1e-2)]
+    assert weights[0] != weights[1]
+    assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
+    if method == "cats":
+        assert all(np.array_equal(*pair) for pair in zip(found[0], read_thresholds(cats[1])[2], strict=True))
 
 
 @pytest.mark.kernels
@@ -142,10 +149,26 @@ def test_an_interrupted_training_goes_on(hf, text, tmp_path):
 
 
 def test_another_recipe_does_not_go_on_with_it(hf, text, tmp_path):
-    (tmp_path / "out.training").mkdir()
+    (tmp_path / "out.training" / "checkpoint").mkdir(parents=True)
     (tmp_path / "out.training" / "recipe.json").write_text('{"cats": 0.7}', encoding="utf-8")
     with pytest.raises(ModelFormatError, match="holds a training whose"):
         adapt(recipe(hf, text), CatsAdaptation(cats=0.5), tmp_path / "out")
+
+
+def test_a_training_that_learned_nothing_is_begun_anew(hf, text, tmp_path):
+    """A first try with too long a window left its options behind, and the right ones were then refused."""
+    with pytest.raises(ConfigError, match="a window has 100000"):
+        adapt(recipe(hf, text, window=100_000), CatsAdaptation(cats=0.5, rank=4), tmp_path / "out")
+    assert adapt(recipe(hf, text), CatsAdaptation(cats=0.5, rank=4), tmp_path / "out") is not None
+
+
+def test_a_model_that_slides_already_takes_no_other_pattern(edge_run, tiny_hf, text, tmp_path):
+    code, _, err = edge_run(tiny_hf("mistral"), "-o", tmp_path / "ir", "--attention", HYBRID)
+    assert code != 0
+    assert "see a part of the context already" in err
+    with pytest.raises(ConfigError, match="see a part of the context already"):
+        adapt(recipe(tiny_hf("mistral"), text), HybridAdaptation(HYBRID), tmp_path / "out")
+    assert not (tmp_path / "out.training").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.fused_mlp import fused_mlps
 from edge_runtime.manifest import MANIFEST_NAME, Manifest, MlpFacts, load_manifest
 from edge_runtime.paged_model import read_model
-from tests.export.helpers import encode, runtime_logits, torch_logits
+from tests.export.helpers import encode, runtime_logits, torch_logits, write_shuffled
 from tests.tiny_models import SENTENCES, make_hf_model
 
 kernels = pytest.mark.kernels
@@ -28,11 +28,7 @@ def hf(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cats") / "text.txt"
-    words = " ".join(SENTENCES).split()
-    order = np.random.default_rng(0).permutation(np.arange(16 * len(words)) % len(words))
-    path.write_text(" ".join(words[i] for i in order), encoding="utf-8")
-    return path
+    return write_shuffled(tmp_path_factory.mktemp("cats") / "text.txt", 16)
 
 
 @kernels

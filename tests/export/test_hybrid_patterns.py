@@ -39,6 +39,8 @@ def test_words_are_recipes(words, wanted):
         ("s2:stride=100", "a stride of at most 24"),
         ("s2:block=48", "block size is 48"),
         ("window", "has no size"),
+        ("longgen:full=6", "leaves all 6 layers full"),
+        ("s2:dense_every=1", "leaves all 6 layers full"),
     ],
 )
 def test_what_cannot_be_is_refused(words, told):

@@ -52,10 +52,16 @@ class Attention:
     table: NDArray[np.int32] = field(init=False)
 
     def __post_init__(self) -> None:
+        kv_heads, value = self.shape.num_kv_heads, self.shape.value_size
+        size = ov_kernels.attention_block_bytes(self.block_size, self.shape.key_size, value, self.kept_as)
+        self.compile(self.model(size))
+        count = self.sequences * kv_heads * self.blocks
+        self.table = np.random.default_rng(1).permutation(count).astype(np.int32)
+        self.table = self.table.reshape(self.sequences, kv_heads, self.blocks)
+        self.cache = np.full((count, size), 0x7F, np.uint8)  # not numbers, wherever nothing was written
+
+    def model(self, size: int) -> ov.Model:
         heads, kv_heads, key, value = self.shape
-        core = ov.Core()
-        ov_kernels.add_to(core, required=True)
-        size = ov_kernels.attention_block_bytes(self.block_size, key, value, self.kept_as)
         widths = {"query": heads * key, "key": kv_heads * key, "value": kv_heads * value}
         inputs = [parameter(name, [-1, width], np.float32) for name, width in widths.items()]
         inputs.append(parameter("cache", [-1, size], np.uint8))
@@ -63,15 +69,16 @@ class Attention:
         inputs.append(parameter("table", [-1, -1, -1], np.int32))
         ports = [node.output(0) for node in inputs]
         op = attention_op(ports, self.shape, self.pattern, self.block_size, self.kept_as, key**-0.5)
+        return ov.Model([op.output(0)], inputs)
+
+    def compile(self, model: Any) -> None:
+        """Use this model, or the IR at this path."""
+        core = ov.Core()
+        ov_kernels.add_to(core, required=True)
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if self.threads:
             config["INFERENCE_NUM_THREADS"] = self.threads
-        compiled = core.compile_model(ov.Model([op.output(0)], inputs), "CPU", config)
-        self.request = compiled.create_infer_request()
-        count = self.sequences * kv_heads * self.blocks
-        self.table = np.random.default_rng(1).permutation(count).astype(np.int32)
-        self.table = self.table.reshape(self.sequences, kv_heads, self.blocks)
-        self.cache = np.full((count, size), 0x7F, np.uint8)  # not numbers, wherever nothing was written
+        self.request = core.compile_model(model, "CPU", config).create_infer_request()
 
     def run(self, tokens: list[NDArray[np.float32]], past: list[int], rows: list[int]) -> NDArray[np.float32]:
         """Return (T, H, V) for query, key and value of `rows` new tokens of each sequence after `past`."""
@@ -279,24 +286,10 @@ def test_what_the_op_cannot_do_is_refused_when_it_is_made(shape, block_size, kep
         Attention(FULL, shape, block_size, kept_as)
 
 
-def test_it_survives_the_ir(tmp_path):
-    """Attributes and inputs, written and read again."""
-    pattern = PATTERNS["a shard a query head"]
-    op = Attention(pattern)
-    model = op.request.get_compiled_model().get_runtime_model()
-    assert model is not None
-    tokens = draw(200, SHAPE)
-    wanted = in_parts(op, tokens, [200])
-    again = Attention(pattern)
-    core = ov.Core()
-    ov_kernels.add_to(core, required=True)
-    inputs = [
-        parameter(name, [-1, width], np.float32) for name, width in (("query", 256), ("key", 128), ("value", 128))
-    ]
-    size = again.cache.shape[1]
-    inputs += [parameter("cache", [-1, size], np.uint8), parameter("past", [-1], np.int32)]
-    inputs += [parameter("begins", [-1], np.int32), parameter("table", [-1, -1, -1], np.int32)]
-    made = attention_op([node.output(0) for node in inputs], SHAPE, pattern, 32, "f32", 0.125)
-    ov.save_model(ov.Model([made.output(0)], inputs), tmp_path / "op.xml", compress_to_fp16=False)
-    again.request = core.compile_model(tmp_path / "op.xml", "CPU").create_infer_request()
-    assert_near(in_parts(again, tokens, [200]), wanted)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_it_survives_the_ir(tmp_path, name):
+    """Every attribute, written and read again."""
+    tokens, op = draw(200, SHAPE), Attention(PATTERNS[name])
+    ov.save_model(op.model(op.cache.shape[1]), tmp_path / "op.xml", compress_to_fp16=False)
+    op.compile(tmp_path / "op.xml")
+    assert_near(in_parts(op, tokens, [200]), expected(tokens, PATTERNS[name], SHAPE, 32))

@@ -285,6 +285,28 @@ def test_large_models_get_our_op_by_themselves(dense, monkeypatch):
     assert "attention" not in load(dense).properties
 
 
+def test_a_library_of_another_release_leaves_the_stock_op(dense, tmp_path, monkeypatch, caplog):
+    """Dense models ran without our ops before they had one for attention, and still do."""
+    import ov_kernels
+
+    library = tmp_path / "libedge_kernels.so"
+    shutil.copy(ov_kernels.library_path(), library)
+    (tmp_path / "openvino_version.txt").write_text("2020.1.0", encoding="utf-8")
+    monkeypatch.setattr("edge_runtime.attention_graph.OURS_FROM", 1)
+    monkeypatch.setenv("EDGE_KERNELS_LIBRARY", str(library))
+    assert "attention" not in load(dense).properties
+    assert "built for OpenVINO 2020.1.0" in caplog.text
+
+
+def test_sizes_that_our_op_lacks_leave_the_stock_one(tmp_path, monkeypatch):
+    from edge_export.convert import export_model
+
+    monkeypatch.setattr("edge_runtime.attention_graph.OURS_FROM", 1)
+    sizes = {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
+    export_model(make_hf_model("llama", tmp_path / "hf", **sizes), tmp_path / "ir", weights="fp32")
+    assert "attention" not in load(tmp_path / "ir").properties
+
+
 def test_it_is_said_what_runs(hybrid):
     properties = load(hybrid, kv_precision="u8").properties
     assert (properties["attention"], properties["kv_cache_precision"]) == ("block_sparse", "u8")

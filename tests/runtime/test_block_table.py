@@ -32,18 +32,16 @@ class Cache:
 
     def forward(self, count: int) -> None:
         past, end = self.num_tokens, self.num_tokens + count
-        if not self.table.is_settled(past, end):
-            self.table.leave(past)
-            wanted = self.table.wanted_blocks(end, count <= 8)
-            if wanted != self.table.num_blocks:
-                old, new = self.table.resize(wanted)
-                self.content = {int(n): self.content[int(o)] for o, n in zip(old, new, strict=True)}
-            self.table.enter(end)
+        self.table.hold(past, end, self.resize)
         for head in range(KV_HEADS):
             for block in range(past // BLOCK, -(-end // BLOCK)):
                 self.content[int(self.table.table[head, block])] = (head, block)
         self.check(past, end)
         self.num_tokens = end
+
+    def resize(self, num_blocks: int) -> None:
+        old, new = self.table.resize(num_blocks)
+        self.content = {int(n): self.content[int(o)] for o, n in zip(old, new, strict=True)}
 
     def check(self, past: int, end: int) -> None:
         """Every block that tokens `past` to `end` see holds what it should; the rest is at most a block more a head."""

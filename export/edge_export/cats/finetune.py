@@ -65,6 +65,9 @@ class CatsAdaptation:
         names = ("cats", "method", "rank", "alpha", "dropout", "loss_name")
         return {name: getattr(self, name) for name in names}
 
+    def check(self, config: Any, window: int | None) -> None:
+        """Do nothing: any gated MLP will do, which the loaded model shows."""
+
     def begin(self, model: Any, windows: Windows, work: Path) -> Any:
         """Find the thresholds, or read those found before an interruption; put adapters in and let neurons die."""
         from peft import LoraConfig, get_peft_model

@@ -29,12 +29,14 @@ from edge_export.fastdraft.recipe import OWN_PROMPTS, STAGES, TEXT_PROMPTS, Draf
 from edge_export.fastdraft.shape import draft_config
 from edge_export.fastdraft.target import Target, open_target
 from edge_export.quiet import quiet
+from edge_export.record import check_same, plain, write_json
 from edge_export.staging import disk_full_is_said
 from edge_export.train import LOG, Loss, Progress, TrainConfig, best_precision, next_token_loss, processes, train
-from edge_runtime.errors import ConfigError, ModelFormatError
+from edge_runtime.errors import ConfigError
 
 MAY_CHANGE = ("stages", "device", "start")
 """Options that may differ between the runs of one training."""
+HINT = "give the same options to go on with it, or another output folder"
 
 
 def train_draft(recipe: DraftRecipe, out: Path, on_progress: OnProgress = lambda *_: None) -> Path | None:
@@ -70,7 +72,8 @@ class _Training:
     def run(self) -> Path | None:
         if self._is_main:
             self._work.mkdir(parents=True, exist_ok=True)
-            _check_same_recipe(self._recipe, self._work / "recipe.json")
+            told = {name: value for name, value in plain(self._recipe).items() if name not in MAY_CHANGE}
+            check_same(told, self._work / "recipe.json", HINT)
         self._target = self._open_target()
         self._text = TrainingText(
             self._recipe, self._target, self._work, is_main=self._is_main, on_progress=self._on_progress
@@ -212,21 +215,10 @@ class _Training:
         for path in (done[-1] / "model").iterdir():
             shutil.copyfile(path, self._out / path.name)
         self._target.copy_tokenizer(self._out)
-        record = {"recipe": _plain(self._recipe), "stages": {folder.name: _summary(folder) for folder in done}}
-        _write_json(self._out / "training.json", record)
+        record = {"recipe": plain(self._recipe), "stages": {folder.name: _summary(folder) for folder in done}}
+        write_json(self._out / "training.json", record)
         export_model(self._out, self._out / "openvino", weights="int8", overwrite=True)
         self._on_progress("export", 1, 1, "")
-
-
-def _plain(recipe: DraftRecipe) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
-    return plain
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name("new-" + path.name)
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _summary(stage: Path) -> dict[str, Any]:
@@ -235,18 +227,3 @@ def _summary(stage: Path) -> dict[str, Any]:
     by_step = {entry["step"]: entry["loss"] for entry in map(json.loads, lines)}  # a kill makes a step come again
     losses = list(by_step.values())[-20:]
     return {"updates": max(by_step), "loss": round(sum(losses) / len(losses), 4)}
-
-
-def _check_same_recipe(recipe: DraftRecipe, path: Path) -> None:
-    """Keep the options that decide what is learned; refuse to go on with a training that began with others."""
-    told = {name: value for name, value in _plain(recipe).items() if name not in MAY_CHANGE}
-    if not path.is_file():
-        _write_json(path, told)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in told.items():
-        if before.get(name) != value:
-            raise ModelFormatError(
-                f"`{path.parent.parent}` holds a training whose {name} was {before.get(name)}, not {value}",
-                "give the same options to go on with it, or another output folder",
-            )

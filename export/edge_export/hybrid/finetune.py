@@ -16,6 +16,7 @@ from edge_export.corpus import Windows
 from edge_export.hybrid.patterns import check_fits, of_config, parse_pattern, shape_of
 from edge_export.hybrid.torch_attention import use_pattern
 from edge_export.train import next_token_loss
+from edge_runtime.attention import AttentionPattern
 from edge_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,23 +50,34 @@ class HybridAdaptation:
             "is_from_scratch": self.is_from_scratch,
         }
 
+    def check(self, config: Any, window: int | None) -> None:
+        """Refuse what a model of this transformers config, trained on windows of this length, cannot have.
+
+        Raises:
+            ConfigError: The pattern does not fit the model or the one it has, its RoPE is scaled, or a window is longer
+                than the context.
+        """
+        pattern, context = self._pattern(config), self.context or config.max_position_embeddings
+        if (natural := of_config(config)) is not None and natural != pattern:
+            raise ConfigError("the model's layers see a part of the context already", "start from a dense model")
+        if window is not None and window > context:
+            raise ConfigError(f"window is {window} tokens, the context {context}", "give a longer --context")
+        kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if (context > config.max_position_embeddings or self.rope_theta) and kind != "default":
+            raise ConfigError(f"the model's rope is {kind}, expected the default one", "give a model without scaling")
+
+    def _pattern(self, config: Any) -> AttentionPattern:
+        layers, _, kv_heads = shape_of(config)
+        pattern = parse_pattern(self.attention, layers, kv_heads)
+        check_fits(pattern, config)
+        return pattern
+
     def begin(self, model: Any, windows: Windows, work: Path) -> Any:
         """Set the pattern, the context and RoPE's base; return the model, or one of its shape with random weights."""
-        layers, _, kv_heads = shape_of(model.config)
-        pattern = parse_pattern(self.attention, layers, kv_heads)
-        check_fits(pattern, model.config)
-        if (natural := of_config(model.config)) is not None and natural != pattern:
-            raise ConfigError("the model's layers see a part of the context already", "start from a dense model")
-        config = model.config
+        config, pattern = model.config, self._pattern(model.config)
         context = self.context or config.max_position_embeddings
-        if windows.shape[1] > context:
-            raise ConfigError(f"window is {windows.shape[1]} tokens, the context {context}", "give a longer --context")
         rope = dict(getattr(config, "rope_parameters", None) or {})
         if context > config.max_position_embeddings or self.rope_theta:
-            if rope.get("rope_type", "default") != "default":
-                raise ConfigError(
-                    f"the model's rope is {rope['rope_type']}, expected the default one", "give a model without scaling"
-                )
             rope["rope_theta"] = self.rope_theta or longer_base(
                 float(rope["rope_theta"]), context / config.max_position_embeddings, _head_dim(config)
             )

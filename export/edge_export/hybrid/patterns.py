@@ -58,7 +58,10 @@ def parse_pattern(words: str, num_layers: int, num_kv_heads: int) -> AttentionPa
         options["block_size" if name == "block" else names[name]] = int(value)
     if kind == "window" and "window" not in options:
         raise ConfigError("attention window has no size", "write window:window=4096")
-    return make(num_layers, num_kv_heads, **options)
+    made = make(num_layers, num_kv_heads, **options)
+    if all(layer.is_full for layer in made.patterns):
+        raise ConfigError(f"attention {words} leaves all {num_layers} layers full", "make fewer of them full")
+    return made
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -284,7 +284,8 @@ private:
             for (std::size_t i = 0; i < count; ++i) {
                 entries[i] = entry_of(call, plan, task, first + i);
             }
-            entries[count] = entries[count - 1];
+            entries[count] = first + count < task.last_block ? entry_of(call, plan, task, first + count)
+                                                             : entries[count - 1];
             kernels.attend(call.layout, pattern, task.rows, entries, count, state, scratch);
         }
         bytes_read += (task.last_block - task.first_block) * block_bytes(call.layout);
