@@ -163,11 +163,12 @@ def test_a_training_that_learned_nothing_is_begun_anew(hf, text, tmp_path):
 
 
 def test_a_model_that_slides_already_takes_no_other_pattern(edge_run, tiny_hf, text, tmp_path):
-    code, _, err = edge_run(tiny_hf("mistral"), "-o", tmp_path / "ir", "--attention", HYBRID)
+    pattern = "window:window=16,sink=16,block=16"
+    code, _, err = edge_run(tiny_hf("mistral"), "-o", tmp_path / "ir", "--attention", pattern)
     assert code != 0
     assert "see a part of the context already" in err
     with pytest.raises(ConfigError, match="see a part of the context already"):
-        adapt(recipe(tiny_hf("mistral"), text), HybridAdaptation(HYBRID), tmp_path / "out")
+        adapt(recipe(tiny_hf("mistral"), text), HybridAdaptation(pattern), tmp_path / "out")
     assert not (tmp_path / "out.training").exists()
 
 
