@@ -46,7 +46,7 @@ class Manifest:
         vocab_size: Rows of the embedding, which may exceed the tokenizer's entries (padding).
         eos_token_ids: Every id that ends an answer.
         bos_token_id: None where the model has none.
-        weights: How the weights are stored: `fp32`, `fp16`, `int8` or `int4`.
+        weights: How the weights are stored: `fp32`, `fp16`, `bf16`, `int8` or `int4`.
         group_size: Quantisation group along the input axis; -1 per channel, None if not grouped.
         num_parameters: Of the source model, embeddings included; None if unknown.
         source: Where the model came from: a folder name or a hub id.

@@ -129,7 +129,7 @@ def read_bandwidth() -> float:
 
 
 def random_mlp(weights: str, hidden: int, ffn: int) -> Any:
-    """Return a GatedMlp of normal random weights in the form that NNCF's symmetric modes give."""
+    """Return a GatedMlp of normal random weights: bf16, or in the form that NNCF's symmetric modes give."""
     from ov_kernels.mlp_blob import GatedMlp
 
     random = np.random.default_rng(0)
@@ -140,6 +140,9 @@ def random_mlp(weights: str, hidden: int, ffn: int) -> Any:
 def _random_matrix(weights: str, rows: int, columns: int, random: np.random.Generator) -> Any:
     from ov_kernels.mlp_blob import BLOCK, Matrix
 
+    if weights == "bf16":
+        values = random.standard_normal((rows, columns), np.float32) * np.float32(columns**-0.5)
+        return Matrix((values.view(np.uint32) >> 16).astype(np.uint16))
     levels, groups = (256, 1) if weights == "int8" else (16, columns // BLOCK)
     values = np.empty((rows, columns), np.int8)
     for row in values:

@@ -8,7 +8,7 @@ from typing import Any
 from edge_runtime.config import GenerationConfig
 from edge_runtime.errors import ConfigError
 
-MLP_WEIGHTS = ("int8", "int4")
+MLP_WEIGHTS = ("int8", "int4", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class CatsSettings:
 
     hidden: int = 4096
     ffn: int = 14336
-    weights: tuple[str, ...] = MLP_WEIGHTS
+    weights: tuple[str, ...] = MLP_WEIGHTS[:2]
     rows: tuple[int, ...] = (1, 2, 4, 5, 8, 256)
     sparsity: tuple[float, ...] = (0.25, 0.5, 0.7, 0.9)
     rounds: int = 15
@@ -65,7 +65,7 @@ class CatsSettings:
             if value < least or value % 128:
                 raise ConfigError(f"{name} is {value}, expected a multiple of 128")
         if unknown := set(self.weights) - set(MLP_WEIGHTS):
-            raise ConfigError(f"weights is {min(unknown)!r}, expected {' or '.join(MLP_WEIGHTS)}")
+            raise ConfigError(f"weights is {min(unknown)!r}, expected one of {', '.join(MLP_WEIGHTS)}")
         if not self.rows or min(self.rows) < 1 or self.rounds < 1:
             raise ConfigError(f"rows is {self.rows} and rounds {self.rounds}, expected numbers of at least 1")
         if any(not 0 < share < 1 for share in self.sparsity):

@@ -23,7 +23,9 @@ roofline    weights read / {:.1f} GB/s, a plain read of memory in this run; it b
 def bench_cats(
     hidden: Annotated[int, typer.Option(metavar="H", help="Inputs and outputs of the MLP.")] = CatsSettings.hidden,
     ffn: Annotated[int, typer.Option(metavar="F", help="Its neurons.")] = CatsSettings.ffn,
-    weights: Annotated[list[str] | None, typer.Option(metavar="TYPE", help="int8 or int4; both by default.")] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(metavar="TYPE", help="int8, int4 or bf16; the first two by default.")
+    ] = None,
     rows: Annotated[list[int] | None, typer.Option(metavar="N", help="Tokens of a step. Repeatable.")] = None,
     sparsity: Annotated[
         list[float] | None, typer.Option(metavar="S", help="Share of dead activations. Repeatable.")

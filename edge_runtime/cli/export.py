@@ -20,7 +20,7 @@ def export(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="To make; by default ./NAME-WEIGHTS.")
     ] = None,
-    weights: Annotated[str, typer.Option(metavar="TYPE", help="fp32, fp16, int8 or int4.")] = "int8",
+    weights: Annotated[str, typer.Option(metavar="TYPE", help="fp32, fp16, bf16, int8 or int4.")] = "int8",
     group_size: Annotated[
         int, typer.Option(metavar="N", help="int4: weights that share a scale; -1 for whole channels.")
     ] = 128,
@@ -36,7 +36,7 @@ def export(
         ),
     ] = None,
     mlp: Annotated[
-        str, typer.Option(metavar="KIND", help="stock, or fused: gated MLPs as one faster op; with int8 or int4.")
+        str, typer.Option(metavar="KIND", help="stock, or fused: gated MLPs as one faster op; with bf16, int8 or int4.")
     ] = "stock",
     cats: Annotated[
         float | None,

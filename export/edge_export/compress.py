@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits, through NNCF, on the finished graph: the same path whatever the model came from.
+"""Weights in 16, 8 or 4 bits, the latter through NNCF, on the finished graph: one path whatever the model came from.
 
 int8 is one scale and zero point for each output channel. int4 has one for each group of `group_size` weights along the
 input axis; embeddings and the last layer get int8, where 4 bits cost the most quality.
@@ -22,13 +22,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_runtime.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
     import openvino as ov
 
-WEIGHTS = ("fp32", "fp16", "int8", "int4")
+WEIGHTS = ("fp32", "fp16", "bf16", "int8", "int4")
+SIXTEEN_BITS = ("fp16", "bf16")
 CALIBRATION_METHODS: dict[str, dict[str, bool]] = {
     "gptq": {"gptq": True},
     "awq": {"awq": True, "scale_estimation": True},
@@ -44,7 +46,7 @@ class WeightFormat:
     """How weights are to be stored.
 
     Attributes:
-        weights: `fp32`, `fp16`, `int8` or `int4`.
+        weights: `fp32`, `fp16`, `bf16`, `int8` or `int4`.
         group_size: Weights along the input axis that share a scale, with int4; -1 for whole output channels.
         symmetric: No zero points in int8 and int4.
         calibration_method: `gptq` or `awq`, with int4 and a calibration text.
@@ -83,7 +85,7 @@ def compress(model: ov.Model, form: WeightFormat, windows: Sequence[Sequence[int
     """
     if form.weights == "fp32":
         return model
-    return _halve(model) if form.weights == "fp16" else _quantize(model, form, windows)
+    return _halve(model, form.weights) if form.weights in SIXTEEN_BITS else _quantize(model, form, windows)
 
 
 def _quantize(model: ov.Model, form: WeightFormat, windows: Sequence[Sequence[int]]) -> ov.Model:
@@ -103,8 +105,8 @@ def _quantize(model: ov.Model, form: WeightFormat, windows: Sequence[Sequence[in
         raise _group_size_error(form.group_size, str(error)) from error
 
 
-def _halve(model: ov.Model) -> ov.Model:
-    """Store the weight matrices in f16, in place, and return the model.
+def _halve(model: ov.Model, weights: str) -> ov.Model:
+    """Store the weight matrices in f16 or bf16, in place, and return the model.
 
     OpenVINO's `compress_to_fp16` would round the rotary frequencies as well: at position 10,000 an angle is then wrong
     by a radian.
@@ -117,10 +119,23 @@ def _halve(model: ov.Model) -> ov.Model:
         users = node.output(0).get_target_inputs()
         is_matrix = sum(size > 1 for size in node.shape) > 1
         if is_matrix and any(user.get_node().get_type_name() in ("MatMul", "Gather") for user in users):
-            widened = opset13.convert(opset13.constant(node.get_data().astype(np.float16)), "f32")
+            widened = opset13.convert(_narrowed(node.get_data(), weights), "f32")
             for user in users:
                 user.replace_source_output(widened.output(0))
     return model
+
+
+def _narrowed(values: NDArray[np.float32], weights: str) -> Any:
+    """Return a constant of f16 or bf16, rounded to nearest, ties to even."""
+    import openvino as ov
+    from openvino import opset13
+
+    if weights == "fp16":
+        return opset13.constant(values.astype(np.float16))
+    bits = values.view(np.uint32)
+    made = ov.Tensor(ov.Type.bf16, ov.Shape(values.shape))
+    made.data.view(np.uint16)[...] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return ov.op.Constant(made)
 
 
 def calibration_windows(token_ids: Sequence[int], context_length: int | None) -> list[list[int]]:

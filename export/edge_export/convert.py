@@ -50,7 +50,7 @@ STAGES = ("read", "convert", "compress", "verify", "write")
 Progress = Callable[[str, int, int], None]
 """Called as each stage begins: its name, how many stages are done, how many there are."""
 
-_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.1, "int4": 0.8}
+_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1, "int4": 0.8}
 _MADE_WITH = ("openvino", "optimum-intel", "transformers", "torch", "nncf")
 
 
@@ -104,14 +104,14 @@ def export_model(
     Args:
         source: A Hugging Face folder or hub id, or an ONNX file or folder with config.json and tokenizer beside it.
         output: The folder to make.
-        weights: `fp32`, `fp16`, `int8` or `int4`.
+        weights: `fp32`, `fp16`, `bf16`, `int8` or `int4`.
         group_size: Weights that share a scale, with int4; -1 for whole output channels.
         symmetric: No zero points in int8 and int4: somewhat less exact, but what NPUs run.
         calibration_text: A text file like what the model will read; int4 weights are fitted to it, or `cats` finds its
             thresholds there.
         calibration_method: `gptq`, or `awq`, which is faster. None is gptq, and with `cats` no fitting of int4 weights,
             which takes hours for a billion of them.
-        mlp: `stock`, or `fused` for gated MLPs as one op of ours each, with int8 or int4.
+        mlp: `stock`, or `fused` for gated MLPs as one op of ours each, with bf16, int8 or int4.
         cats: Share of the MLPs' neurons to skip at each token, between 0 and 1; implies `fused`.
         cats_method: `cats` for one threshold in each layer, `chess` for one for each neuron.
         attention: What the layers see, in the words of `hybrid.patterns`; None for what the source says.

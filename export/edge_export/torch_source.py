@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_export.compress import SIXTEEN_BITS
 from edge_export.sources import Source, unsupported
 from edge_runtime.devices import core
 from edge_runtime.errors import ExportError
@@ -107,22 +108,22 @@ def to_ir(model: torch.nn.Module, work: Path, weights: str) -> ov.Model:
     import torch
     from optimum.exporters.openvino.convert import export_from_model
 
-    if weights == "fp16":
-        _halve(model)
+    if weights in SIXTEEN_BITS:
+        _halve(model, torch.float16 if weights == "fp16" else torch.bfloat16)
     has_sixteen_bit = any(value.dtype in (torch.float16, torch.bfloat16) for value in model.parameters())
     export_from_model(model, work, task=TASK, stateful=True, preprocessors=[], patch_16bit_model=has_sixteen_bit)
     return core().read_model(work / MODEL_NAME)
 
 
-def _halve(model: torch.nn.Module) -> None:
-    """Round the weight matrices to f16, and nothing else.
+def _halve(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Round the weight matrices to 16 bits, and nothing else.
 
     `model.half()` and OpenVINO's `compress_to_fp16` would round the rotary frequencies too: at position 10,000 an angle
     is then wrong by a radian.
     """
     for value in model.parameters():
         if value.ndim > 1:
-            value.data = value.data.half()
+            value.data = value.data.to(dtype)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ MAX_TOKENS = 48
 ERROR_BOUNDS = {
     "fp32": 1e-3,  # measured 1e-6; f32 rounding grows with depth
     "fp16": 2e-2,  # 11 bits of each weight: 5e-4, times depth
+    "bf16": 0.1,  # 8 bits of each weight: 4e-3, times depth
     "int8": 0.7,  # a quality, not an equality: reported, and refused only where hardly half of the signal is left
     "int4": 0.7,
 }

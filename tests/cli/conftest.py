@@ -20,6 +20,8 @@ from edge_runtime.manifest import load_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG_CONTEXT = 100_000
+CTRL_C_WORKS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+"""Also where the tests are a background job of a shell, which has those ignore it."""
 
 
 class Terminal(io.TextIOWrapper):
@@ -58,7 +60,7 @@ def start_edge_run() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*args: object, before: str = "", **environment: str) -> subprocess.Popen[bytes]:
-        script = f"{before}\nfrom edge_runtime.cli import main\nmain()"
+        script = f"{CTRL_C_WORKS}\n{before}\nfrom edge_runtime.cli import main\nmain()"
         process = subprocess.Popen(
             [sys.executable, "-c", script, *map(str, args)],
             cwd=ROOT,

@@ -85,7 +85,7 @@ def test_realised_sparsity_of_each_layer_is_on_stderr(edge_run, hf, text, tmp_pa
         (("--cats", "nan"), 2, "cats is nan, expected a share", ""),
         (("--cats", "0.5"), 2, "cats needs a text", "--calibration-text FILE"),
         (("--cats", "0.5", "--cats-method", "dogs"), 2, "cats_method is 'dogs', expected cats or chess", ""),
-        (("--mlp", "fused", "--weights", "fp16"), 2, "weights are fp16, fused MLPs need int8 or int4", "int8"),
+        (("--mlp", "fused", "--weights", "fp16"), 2, "weights are fp16, fused MLPs need bf16, int8 or int4", "int8"),
         (
             ("--mlp", "fused", "--weights", "int4", "--group-size", "64"),
             2,

@@ -38,6 +38,8 @@ CASES = [
     ("llama", {"weights": "int4"}),
     ("llama", {"weights": "int4", "symmetric": True}),
     ("llama", {"weights": "int4", "group_size": -1}),  # what NPUs want; the op's groups then have equal scales
+    ("llama", {"weights": "bf16"}),
+    ("phi3", {"weights": "bf16"}),
     ("gemma2", {"weights": "int8"}),
     ("gemma2", {"weights": "int4"}),
     ("phi3", {"weights": "int8"}),
@@ -162,9 +164,10 @@ def torch_logits(model: Any, token_ids: list[int]) -> NDArray[np.float32]:
     return logits
 
 
-def test_fused_graph_survives_its_file_and_lowering(exported, tmp_path):
+@pytest.mark.parametrize("options", [{"weights": "int4", "symmetric": True}, {"weights": "bf16"}])
+def test_fused_graph_survives_its_file_and_lowering(exported, tmp_path, options):
     folder = exported("llama")[1]
-    ids, model = encode(folder, TEXT)[:32], compressed(folder, weights="int4", symmetric=True)
+    ids, model = encode(folder, TEXT)[:32], compressed(folder, **options)
     wanted = logits_of(model.clone(), ids)
     fuse_mlps(model)
     ov.save_model(model, tmp_path / MODEL_NAME, compress_to_fp16=False)
@@ -234,8 +237,8 @@ def make_relu(model: ov.Model) -> None:
         ({"weights": "int8"}, add_bias, r"layer model\.layers\.0\.mlp\.down_proj cannot .* projection has a bias"),
         ({"weights": "int8"}, make_relu, "a gated MLP of SiLU or GELU was found in 0 of 2 layers"),
         ({"weights": "int4", "group_size": 64}, None, "64 weights share a scale in a row of 128"),
-        ({"weights": "fp16"}, None, "its weights are stored in f16, expected int8 or int4"),
-        ({"weights": "fp32"}, None, "its weights are stored in f32, expected int8 or int4"),
+        ({"weights": "fp16"}, None, "its weights are stored in f16, expected bf16, int8 or int4"),
+        ({"weights": "fp32"}, None, "its weights are stored in f32, expected bf16, int8 or int4"),
     ],
 )
 def test_mlp_that_does_not_fit_is_named_with_the_reason(exported, options, spoil, says):

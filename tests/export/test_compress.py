@@ -39,6 +39,7 @@ def exported(tiny_hf, tmp_path_factory):
     ("weights", "options", "types"),
     [
         ("fp16", {}, {"f16"}),
+        ("bf16", {}, {"bf16"}),
         ("int8", {}, {"u8"}),
         ("int8", {"symmetric": True}, {"i8"}),
         ("int4", {"group_size": GROUP}, {"u4", "u8"}),
@@ -66,18 +67,21 @@ def test_fewer_bits_take_less_room(exported, tiny_ir):
 
 
 def test_quality_falls_with_the_bits_and_is_reported(exported):
-    fp16, int8 = exported("fp16").verification, exported("int8").verification
+    fp16, bf16, int8 = (exported(weights).verification for weights in ("fp16", "bf16", "int8"))
     int4 = exported("int4", group_size=GROUP).verification
     assert fp16.error < 5e-3
-    assert fp16.error < int8.error < INT8_ERROR < int4.error < INT4_ERROR
+    assert fp16.error < bf16.error < int8.error < INT8_ERROR < int4.error < INT4_ERROR
     assert fp16.kl_divergence < int8.kl_divergence < int4.kl_divergence
     assert fp16.top1_agreement > 0.97
     assert int8.top1_agreement > 0.8
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_sixteen_bit_checkpoint_loses_nothing_in_fp16(tiny_hf, tmp_path, family, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "weights", "kept"),
+    [("bfloat16", "fp16", "f16"), ("float16", "fp16", "f16"), ("bfloat16", "bf16", "bf16")],
+)
+def test_sixteen_bit_checkpoint_loses_nothing_in_sixteen_bits(tiny_hf, tmp_path, family, dtype, weights, kept):
     """OpenVINO's compress_to_fp16 would round rotary frequencies and norms: error 1e-3 here, more at high positions."""
     source = tmp_path / "hf"
     with quiet():
@@ -85,9 +89,9 @@ def test_sixteen_bit_checkpoint_loses_nothing_in_fp16(tiny_hf, tmp_path, family,
 
         AutoModelForCausalLM.from_pretrained(tiny_hf(family), dtype=dtype).save_pretrained(source)
         AutoTokenizer.from_pretrained(tiny_hf(family)).save_pretrained(source)
-    report = export_model(source, tmp_path / "ir", weights="fp16")
+    report = export_model(source, tmp_path / "ir", weights=weights)
     assert report.verification.error < 1e-5
-    assert weight_types(report.output) == {"f16"}
+    assert weight_types(report.output) == {kept}
 
 
 def test_fp16_keeps_rotary_frequencies_in_f32(exported):
@@ -159,7 +163,7 @@ def test_calibration_text_that_is_too_short_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "int5"}, "weights is 'int5', expected one of fp32, fp16, int8, int4"),
+        ({"weights": "int5"}, "weights is 'int5', expected one of fp32, fp16, bf16, int8, int4"),
         ({"weights": "int4", "group_size": 0}, "group_size is 0, expected at least 8"),
         ({"weights": "int4", "group_size": -2}, "group_size is -2"),
         ({"weights": "fp16", "symmetric": True}, "symmetric was asked for with fp16 weights"),

@@ -38,7 +38,9 @@ def test_manifest_is_that_of_the_checkpoint(tiny_onnx, tiny_ir, tmp_path):
         assert getattr(onnx_manifest, fact) == getattr(torch_manifest, fact)
 
 
-@pytest.mark.parametrize(("weights", "types"), [("fp16", {"f16"}), ("int8", {"u8"}), ("int4", {"u4", "u8"})])
+@pytest.mark.parametrize(
+    ("weights", "types"), [("fp16", {"f16"}), ("bf16", {"bf16"}), ("int8", {"u8"}), ("int4", {"u4", "u8"})]
+)
 def test_weights_are_compressed_by_the_same_path(tiny_onnx, tmp_path, weights, types):
     export_model(tiny_onnx("llama", "sdpa") / "model.onnx", tmp_path / "ir", weights=weights, group_size=32)
     assert weight_types(tmp_path / "ir") == types

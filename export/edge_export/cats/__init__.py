@@ -60,8 +60,8 @@ class MlpFormat:
 
     def check(self, weights: str, group_size: int, calibration_text: str | Path | None) -> None:
         """Raise ConfigError where the other options of the export do not fit."""
-        if self.is_fused and weights not in ("int8", "int4"):
-            raise ConfigError(f"weights are {weights}, fused MLPs need int8 or int4", "use --weights int8")
+        if self.is_fused and weights not in ("bf16", "int8", "int4"):
+            raise ConfigError(f"weights are {weights}, fused MLPs need bf16, int8 or int4", "use --weights int8")
         if self.is_fused and weights == "int4" and group_size != -1 and group_size % GROUP:
             raise ConfigError(
                 f"group_size is {group_size}, fused MLPs need a multiple of {GROUP}, or -1",

@@ -45,7 +45,7 @@ def fuse_mlps(model: ov.Model, thresholds: Thresholds | None = None) -> int:
     """Replace every gated MLP of `model` by the op, in place.
 
     Args:
-        model: Weights in int8, or in int4 in groups of a multiple of 128.
+        model: Weights in bf16 or int8, or in int4 in groups of a multiple of 128.
         thresholds: Of each MLP in the graph's order, (1,) or (F,); None for dense.
 
     Returns:
@@ -161,8 +161,8 @@ def _projection(value: Any) -> _Projection:
 
 
 def _rows(matrix: Matrix, begin: int, end: int) -> Matrix:
-    assert matrix.scale is not None
-    assert matrix.zero is not None
+    if matrix.scale is None or matrix.zero is None:
+        return Matrix(matrix.values[begin:end])
     return Matrix(matrix.values[begin:end], matrix.scale[begin:end], matrix.zero[begin:end])
 
 
@@ -180,11 +180,13 @@ def _weights(matmul: Any) -> Matrix:
     Raises:
         ValueError: They are not compressed in a form that the op knows.
     """
-    values, scale, zero = _compressed(matmul.input_value(1).get_node())
+    parts = _compressed(matmul.input_value(1).get_node())
     if not matmul.get_attributes()["transpose_b"]:
-        values, scale, zero = (np.moveaxis(part, -1, 0) for part in (values, scale, zero))
-    rows, columns = values.shape[0], math.prod(values.shape[1:])
-    scale, zero = (part.reshape(rows, -1) for part in (scale, zero))
+        parts = tuple(np.moveaxis(part, -1, 0) for part in parts)
+    rows, columns = parts[0].shape[0], math.prod(parts[0].shape[1:])
+    if len(parts) == 1:
+        return Matrix(np.ascontiguousarray(parts[0].reshape(rows, columns)))
+    values, scale, zero = parts[0], *(part.reshape(rows, -1) for part in parts[1:])
     repeats = 1
     if values.dtype == np.uint8:  # a group of several blocks has the same scale in each
         group = columns // scale.shape[1]
@@ -196,8 +198,8 @@ def _weights(matmul: Any) -> Matrix:
     return Matrix(values.reshape(rows, columns), *(np.repeat(part, repeats, 1) for part in (scale, zero)))
 
 
-def _compressed(node: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Return values, scales and zero points as the op stores them, in the shapes that the constants have.
+def _compressed(node: Any) -> tuple[NDArray[Any], ...]:
+    """Return values, and but for bf16 scales and zero points, as the op stores them, in the shapes of the constants.
 
     The graph is Convert(Reshape(Multiply(Subtract(Convert(values), Convert(zero)), scale))), where the outer two and
     the subtraction may be absent.
@@ -206,8 +208,10 @@ def _compressed(node: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     constants = {name: operand for name, operand in chain if operand is not None}
     kind = constants["Constant"].get_element_type().get_type_name()
     scale = constants.get("Multiply")
+    if kind == "bf16" and scale is None:
+        return (constants["Constant"].data.view(np.uint16),)
     if scale is None or kind not in ("u8", "i8", "u4", "i4"):
-        raise ValueError(f"its weights are stored in {kind}, expected int8 or int4")
+        raise ValueError(f"its weights are stored in {kind}, expected bf16, int8 or int4")
     if scale.get_element_type() != ov.Type.f16:
         raise ValueError(f"its scales are stored in {scale.get_element_type().get_type_name()}, expected f16")
     scales, stored_zero = scale.get_data(), constants.get("Subtract")
