@@ -1,8 +1,8 @@
 """Why hybrid layers matter: small models learn to find needles, and only some can find those beyond the window.
 
-A text of 512 random filler tokens holds 8 needles, a key and its value each, anywhere; at its end stand the 8 keys, and
-the model is to say each one's value. Models of 6 layers and 4 heads are trained from scratch, alike but for what their
-layers see (blocks of 16 tokens):
+A text of 512 tokens is random filler but for 8 needles anywhere in it, one of each kind, that carry a value; at its end
+stand 8 questions, and the model is to say the value of each kind. Models of 6 layers and 4 heads are trained from
+scratch on the same texts, alike but for what their layers see (blocks of 16 tokens):
 
     full      everything
     longgen   the middle third everything, the rest the first 16 and the last 32 tokens
@@ -12,7 +12,7 @@ layers see (blocks of 16 tokens):
 Retrieval is measured by distance on new texts in PyTorch, and again in the runtime, from the exported model with its
 own caches. Lengths grow from 64 to 512 in training, else the search takes long to be found at all.
 
-    python benchmarks/needle.py --work-dir DIR [--patterns full longgen window s2] [--steps 1500] [--json] [--plot FILE]
+    python benchmarks/needle.py --work-dir DIR [--patterns full longgen window s2] [--steps 900] [--json] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -32,9 +32,15 @@ from numpy.typing import NDArray
 from edge_export.quiet import hide_packages
 from edge_runtime.attention import FULL, AttentionPattern, LayerPattern, longgen, s2
 
-BLOCK, WINDOW, LAYERS, HEADS, HIDDEN = 16, 32, 6, 4, 128
-LENGTH, NEEDLES, FILLERS, KEYS, VALUES = 512, 8, 64, 64, 32
-VOCAB = 1 + FILLERS + KEYS + VALUES
+BLOCK, WINDOW, LAYERS, HEADS, HIDDEN = 16, 32, 6, 4, 64
+LENGTH, FILLERS, KINDS, VALUES = 512, 64, 8, 16
+NEEDLE = 1 + FILLERS
+QUESTION = NEEDLE + KINDS * VALUES
+ANSWER = QUESTION + KINDS
+VOCAB = ANSWER + VALUES
+STEP_TOKENS, MOST_QUESTIONS, RATE, WARM_UP = 4096, 32, 1e-2, 20
+SCHEDULE = ((0.0, 64), (0.3, 128), (0.36, 256), (0.42, LENGTH))
+"""Lengths of texts, and from which part of the training on."""
 REACH = LAYERS * WINDOW
 """Tokens that a stack of windows can see over."""
 BINS = (0, 32, 64, 128, REACH, 256, 320, 384, 448, 512)
@@ -50,18 +56,36 @@ FINDS = {"full": True, "longgen": True, "s2": True, "window": False}
 Ints = NDArray[np.int64]
 
 
-def texts(count: int, length: int, random: np.random.Generator) -> tuple[Ints, Ints, Ints]:
-    """Return texts (N, length), and for each query, (N, 8), its value and how far its needle lies back."""
-    body = length - 2 * NEEDLES
-    ids = random.integers(1, 1 + FILLERS, (count, length))
-    slots = np.argsort(random.random((count, body // 2)), axis=1)[:, :NEEDLES] * 2
-    keys = 1 + FILLERS + np.argsort(random.random((count, KEYS)), axis=1)[:, :NEEDLES]
-    values = 1 + FILLERS + KEYS + random.integers(0, VALUES, (count, NEEDLES))
-    queries = body + 2 * np.arange(NEEDLES)
-    np.put_along_axis(ids, slots, keys, 1)
-    np.put_along_axis(ids, slots + 1, values, 1)
-    ids[:, queries], ids[:, queries + 1] = keys, values
-    return ids, values, queries - slots
+def texts(count: int, length: int, num_questions: int, random: np.random.Generator) -> tuple[Ints, Ints, Ints]:
+    """Return texts (N, length), and for each question, (N, Q), its answer and how far its needle lies back."""
+    body = length - num_questions
+    ids = random.integers(1, NEEDLE, (count, length))
+    places = np.argsort(random.random((count, body)), axis=1)[:, :KINDS]
+    values = random.integers(0, VALUES, (count, KINDS))
+    asked = np.argsort(random.random((count, num_questions)), axis=1) % KINDS
+    np.put_along_axis(ids, places, NEEDLE + np.arange(KINDS) * VALUES + values, 1)
+    ids[:, body:] = QUESTION + asked
+    distances = np.arange(body, length) - np.take_along_axis(places, asked, 1)
+    return ids, ANSWER + np.take_along_axis(values, asked, 1), distances
+
+
+def new_model() -> Any:
+    """Return a model with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_hidden_layers": LAYERS}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "max_position_embeddings": 2 * LENGTH}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, vocab_size=VOCAB, bos_token_id=0, eos_token_id=0))
+
+
+def new_optimizer(model: Any) -> Any:
+    """Return Muon for the matrices of the layers, AdamW for the rest: AdamW alone takes twice the steps."""
+    from edge_export.muon import Muon
+
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    groups = [{"params": matrices, "is_matrix": True, "weight_decay": 0.01}, {"params": others, "is_matrix": False}]
+    return Muon(groups, lr=RATE)
 
 
 def train(name: str, folder: Path, steps: int, seed: int) -> Path:
@@ -69,31 +93,28 @@ def train(name: str, folder: Path, steps: int, seed: int) -> Path:
     if (folder / "config.json").is_file():
         return folder
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from edge_export.hybrid.torch_attention import use_pattern
 
     torch.manual_seed(seed)
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_hidden_layers": LAYERS}
-    heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "max_position_embeddings": 2 * LENGTH}
-    tokens = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens))
+    model = new_model()
     use_pattern(model, PATTERNS[name])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    random, began = np.random.default_rng(seed), time.monotonic()
+    optimizer, random, began = new_optimizer(model), np.random.default_rng(seed), time.monotonic()
     for step in range(steps):
-        length = min(LENGTH, 64 << min(3, 4 * step // steps))
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 50) * min(1.0, 4 * (steps - step) / steps)
-        ids, values, _ = texts(8192 // length, length, random)
-        asked = length - 2 * NEEDLES + 2 * np.arange(NEEDLES)
-        logits = model(torch.from_numpy(ids)).logits[:, asked]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(values).flatten())
+        length = next(length for share, length in reversed(SCHEDULE) if step >= share * steps)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = (
+            RATE * min(1.0, (step + 1) / WARM_UP) * min(1.0, 3 * (steps - step) / steps)
+        )
+        num_questions = min(length // 4, MOST_QUESTIONS)
+        ids, answers, _ = texts(STEP_TOKENS // length, length, num_questions, random)
+        hidden = model.model(torch.from_numpy(ids)).last_hidden_state[:, -num_questions:]
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), torch.from_numpy(answers).ravel())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 49:
-            print(f"{name} {step + 1}/{steps}: {length} tokens, loss {float(loss.detach()):.3f}, "
+            print(f"{name} {step + 1}/{steps}: {length} tokens, loss {loss.item():.3f}, "
                   f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
     model.config._attn_implementation = "sdpa"
     model.save_pretrained(folder)
@@ -121,9 +142,8 @@ def found_in_torch(name: str, folder: Path, ids: Ints) -> Ints:
 
     model = LlamaForCausalLM.from_pretrained(folder).eval()
     use_pattern(model, PATTERNS[name])
-    asked = LENGTH - 2 * NEEDLES + 2 * np.arange(NEEDLES)
     with torch.no_grad():
-        parts = [model(torch.from_numpy(ids[i : i + 16])).logits[:, asked].argmax(-1) for i in range(0, len(ids), 16)]
+        parts = [model(torch.from_numpy(ids[i : i + 16])).logits[:, -KINDS:].argmax(-1) for i in range(0, len(ids), 16)]
     return np.concatenate([part.numpy() for part in parts])
 
 
@@ -141,10 +161,9 @@ def found_in_runtime(folder: Path, ids: Ints) -> Ints:
     made = []
     for row in ids.tolist():
         model.rollback(0)
-        for begin in range(0, LENGTH - 2 * NEEDLES, 100):
-            model.forward(row[begin : min(begin + 100, LENGTH - 2 * NEEDLES)], 1)
-        logits = model.forward(row[LENGTH - 2 * NEEDLES :], 2 * NEEDLES)
-        made.append(logits[::2].argmax(-1))
+        for begin in range(0, LENGTH - KINDS, 100):
+            model.forward(row[begin : min(begin + 100, LENGTH - KINDS)], 1)
+        made.append(model.forward(row[-KINDS:], KINDS).argmax(-1))
     return np.array(made)
 
 
@@ -160,7 +179,7 @@ def by_distance(hits: NDArray[np.bool_], distances: Ints) -> list[dict[str, Any]
 def measure(name: str, folder: Path, steps: int) -> dict[str, Any]:
     """Train, unless done; return what is found at which distance."""
     model = train(name, folder, steps, seed=0)
-    ids, values, distances = texts(TEST_TEXTS, LENGTH, np.random.default_rng(99))
+    ids, values, distances = texts(TEST_TEXTS, LENGTH, KINDS, np.random.default_rng(99))
     hits = found_in_torch(name, model, ids) == values
     some = slice(0, 100)
     runtime_hits = found_in_runtime(model, ids[some]) == values[some]
@@ -195,7 +214,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, required=True, help="where models and results are kept")
     parser.add_argument("--patterns", nargs="*", choices=PATTERNS, default=list(PATTERNS))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_export.quiet import quiet
 from edge_runtime.errors import DownloadError, ExportError
 from edge_runtime.manifest import MODEL_NAME, read_json
 
@@ -172,9 +173,10 @@ def load_config(source: Source) -> Any:
     Raises:
         ExportError: transformers does not know the architecture.
     """
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        with quiet():
+            from transformers import AutoConfig
+
+            return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise unsupported(source) from error

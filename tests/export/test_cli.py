@@ -9,6 +9,7 @@ import pytest
 
 from edge_export import extra
 from edge_runtime.manifest import load_manifest
+from tests.tiny_models import make_hf_model
 
 
 def test_one_line_says_what_was_made(edge_run, tiny_hf, tmp_path):
@@ -103,6 +104,28 @@ def test_broken_torchvision_and_telemetry_are_never_imported():
     )
     assert done.stdout.split() == ["None", "None"]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", [("export",), ("train", "hybrid")])
+def test_commands_work_beside_a_broken_torchvision(tmp_path, command):
+    """Each in a process of its own: in this one it is hidden already."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('torchvision::nms does not exist')")
+    info = tmp_path / "torchvision-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n")
+    source = make_hf_model("llama", tmp_path / "hf", num_hidden_layers=3)
+    text = tmp_path / "text.txt"
+    text.write_text("too short")
+    flags = () if command == ("export",) else ("--text", str(text))
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_runtime", *command, str(source), "-o", str(tmp_path / "out"), *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+    said = {"export": "try it: ", "train": "error: the text has 8 tokens, a window has 512"}[command[0]]
+    assert f"\n{said}" in f"\n{done.stderr}"
 
 
 def test_package_in_use_stays_visible(monkeypatch):
