@@ -33,6 +33,9 @@ from edge_runtime.paged_model import PagedModel
 PLACES = 5
 """Of a prompt at which a chunk is timed."""
 WARM_UP = 1
+WAKING = 8
+"""Untimed steps before each one that decodes: a model calls its layers one after another, with its threads awake and the
+program in the caches; after another variant a call took 0.1 ms longer on a virtual machine."""
 
 Times = NDArray[np.float64]
 
@@ -116,8 +119,9 @@ class AttentionBench:
         times = np.zeros((len(variants), WARM_UP + rounds))
         for turn in range(WARM_UP + rounds):
             for index, variant in enumerate(variants):
-                if count == 1:
-                    variant.step(count)  # brings the program back to the caches, which the variant before has emptied
+                for _ in range(WAKING if count == 1 else 0):
+                    variant.step(count)
+                variant.cool()
                 begin = time.perf_counter()
                 variant.step(count)
                 times[index, turn] = 1000 * (time.perf_counter() - begin)

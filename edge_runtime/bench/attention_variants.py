@@ -50,6 +50,9 @@ class Variant(Protocol):
     def place(self, past: int, end: int) -> None:
         """Hold `past` tokens, and make room for those up to `end`."""
 
+    def cool(self) -> None:
+        """Let the next step read keys and values that no processor's cache holds."""
+
     def step(self, count: int) -> None:
         """Compute `count` tokens after those held; the next step computes them again."""
 
@@ -101,12 +104,16 @@ class OwnLayer:
         self._memory = []  # before the new one is taken
         self._memory = [_touched(size) for _ in range(max(1, COLD_BYTES // size))]
         self._request.set_tensor("block_table", ov.Tensor(self._table.table[None].copy()))
+        self.cool()
 
-    def step(self, count: int) -> None:
-        """Compute `count` tokens after those held."""
+    def cool(self) -> None:
+        """Take the least recently used of the repeated caches."""
         self._memory.append(self._memory.pop(0))
         shape = ov.Shape([self._table.num_blocks, self._block_bytes])
         self._request.set_tensor("cache", ov.Tensor(self._memory[0], shape, ov.Type.u8))
+
+    def step(self, count: int) -> None:
+        """Compute `count` tokens after those held."""
         self._tokens.run(count)
 
     @property
@@ -149,6 +156,9 @@ class StockLayer:
             tensor.data.fill(0)
         self._span = past
 
+    def cool(self) -> None:
+        """Do nothing: what the other variants read pushes these out."""
+
     def step(self, count: int) -> None:
         """Compute `count` tokens after those held."""
         self._cache.hold(self._span, self._span + count)
@@ -177,6 +187,9 @@ class WholeModel:
         for tensor in model.cache.tensors:
             tensor.data.fill(0)
         self._past = model.num_tokens = past
+
+    def cool(self) -> None:
+        """Do nothing: a step reads more than caches hold."""
 
     def step(self, count: int) -> None:
         """Compute `count` tokens after those held."""

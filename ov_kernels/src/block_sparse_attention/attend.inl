@@ -14,6 +14,7 @@
 struct RowFacts {
     float scale[max_rows];   // of scores: softmax's, times the query's where it is quantised
     float weight[max_rows];  // of the probabilities in 16 bits
+    float top[max_rows];     // the largest score so far
     float factor[max_rows];  // by which earlier results shrink
     Seen seen[max_rows];
     bool is_blind[max_rows];
@@ -217,43 +218,62 @@ bool look(const Layout& layout, const Pattern& pattern, const Rows& rows, std::i
     return true;
 }
 
-// Scores to exponentials, in place, and a row's largest score and sum brought up to date. `scales` of i8: those of the
-// block's keys, then of its values; the exponentials are then multiplied by the latter.
+// Scores to exponentials, in place, and each row's largest score and sum brought up to date. `scales` of i8: those of the
+// block's keys, then of its values; the exponentials are then multiplied by the latter and quantised. Each step goes over
+// all rows before the next begins: a row alone is a chain of reductions, each waiting for the one before.
 template <bool is_masked, bool is_i8>
-inline void soften(const Layout& layout, float* x, const float* scales, const Seen& seen, float* state, float& factor) {
-    const std::size_t size = layout.block_size;
-    const float before = state[layout.value_dim];
-    F most = f_set(before);
-    for (std::size_t n = 0; n < size; n += lanes) {
-        F score = f_load(x + n);
-        if constexpr (is_i8) {
-            score = f_mul(score, f_load(scales + n));
+inline void soften(const Layout& layout, std::size_t count, const float* scales, const Parts& parts, float* states) {
+    const std::size_t size = layout.block_size, stride = state_stride(layout), top = layout.value_dim;
+    RowFacts& facts = *parts.facts;
+    for (std::size_t r = 0; r < count; ++r) {
+        float* x = parts.scores + r * size;
+        F most = f_set(states[r * stride + top]);
+        facts.factor[r] = states[r * stride + top];
+        for (std::size_t n = 0; n < size; n += lanes) {
+            F score = f_load(x + n);
+            if constexpr (is_i8) {
+                score = f_mul(score, f_load(scales + n));
+            }
+            if constexpr (is_masked) {
+                score = f_keep(score, n, facts.seen[r], nothing_seen);
+            }
+            f_store(x + n, score);
+            most = f_max(score, most);
         }
-        if constexpr (is_masked) {
-            score = f_keep(score, n, seen, nothing_seen);
-        }
-        f_store(x + n, score);
-        most = f_max(score, most);
+        facts.top[r] = f_most(most);
     }
-    const float top = f_most(most);
-    factor = f_first(exp_of(f_set(before - top)));
-    F sum = f_set(0.0f);
-    for (std::size_t n = 0; n < size; n += lanes) {
-        F p = exp_of(f_sub(f_load(x + n), f_set(top)));
-        if constexpr (is_masked) {
-            p = f_keep(p, n, seen, 0.0f);
-        }
-        sum = f_add(sum, p);
-        if constexpr (is_i8) {
-            p = f_mul(p, f_load(scales + size + n));
-        }
-        if constexpr (is_masked && is_i8) {  // the scale of a slot that is not in use may be anything
-            p = f_keep(p, n, seen, 0.0f);
-        }
-        f_store(x + n, p);
+    for (std::size_t r = 0; r < count; r += lanes) {
+        f_store(facts.factor + r, exp_of(f_sub(f_load(facts.factor + r), f_load(facts.top + r))));
     }
-    state[layout.value_dim] = top;
-    state[layout.value_dim + 1] = state[layout.value_dim + 1] * factor + f_sum(sum);
+    for (std::size_t r = 0; r < count; ++r) {
+        float* x = parts.scores + r * size;
+        const F most = f_set(facts.top[r]);
+        F sum = f_set(0.0f), largest = f_set(0.0f);
+        for (std::size_t n = 0; n < size; n += lanes) {
+            F p = exp_of(f_sub(f_load(x + n), most));
+            if constexpr (is_masked) {
+                p = f_keep(p, n, facts.seen[r], 0.0f);
+            }
+            sum = f_add(sum, p);
+            if constexpr (is_i8) {
+                p = f_mul(p, f_load(scales + size + n));
+                if constexpr (is_masked) {  // the scale of a slot that is not in use may be anything
+                    p = f_keep(p, n, facts.seen[r], 0.0f);
+                }
+                largest = f_max(largest, p);
+                sum = f_fma(p, f_set(0.0f), sum);  // NaN and infinity stay what they are
+            }
+            f_store(x + n, p);
+        }
+        float* state = states + r * stride + top;
+        state[0] = facts.top[r];
+        state[1] = state[1] * facts.factor[r] + f_sum(sum);
+        facts.weight[r] = is_i8 ? f_most(largest) * (1.0f / 32767.0f) : 1.0f;
+    }
+    for (std::size_t r = 0; is_i8 && r < count; ++r) {
+        i_quantise16(parts.scores + r * size, size, facts.weight[r] > 0.0f ? 1.0f / facts.weight[r] : 0.0f,
+                     parts.probabilities + r * size);
+    }
 }
 
 template <class W, bool prefetches>
@@ -296,22 +316,10 @@ template <bool is_i8>
 inline void soften_rows(const Layout& layout, const Rows& rows, const std::uint8_t* block, bool is_masked,
                         const Parts& parts, float* states) {
     const float* scales = reinterpret_cast<const float*>(block + scales_at(layout));
-    RowFacts& facts = *parts.facts;
-    for (std::size_t r = 0; r < rows.count; ++r) {
-        float* x = parts.scores + r * layout.block_size;
-        float* state = states + r * state_stride(layout);
-        facts.weight[r] = 1.0f;
-        if (is_masked) {
-            soften<true, is_i8>(layout, x, scales, facts.seen[r], state, facts.factor[r]);
-        } else {
-            soften<false, is_i8>(layout, x, scales, facts.seen[r], state, facts.factor[r]);
-        }
-        if constexpr (is_i8) {
-            const float step = f_scale_of(x, layout.block_size, 32767.0f);
-            i_quantise16(x, layout.block_size, step > 0.0f ? 1.0f / step : 0.0f,
-                         parts.probabilities + r * layout.block_size);
-            facts.weight[r] = step;
-        }
+    if (is_masked) {
+        soften<true, is_i8>(layout, rows.count, scales, parts, states);
+    } else {
+        soften<false, is_i8>(layout, rows.count, scales, parts, states);
     }
 }
 
