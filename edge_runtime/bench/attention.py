@@ -34,8 +34,8 @@ PLACES = 5
 """Of a prompt at which a chunk is timed."""
 WARM_UP = 1
 WAKING = 8
-"""Untimed steps before each one that decodes: a model calls its layers one after another, with its threads awake and the
-program in the caches; after another variant a call took 0.1 ms longer on a virtual machine."""
+"""Untimed steps before each one that decodes: a model calls its layers one after another, threads awake and the program
+in the caches. Right after another variant a call took 0.1 ms longer on a virtual machine."""
 
 Times = NDArray[np.float64]
 
