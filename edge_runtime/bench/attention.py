@@ -33,9 +33,6 @@ from edge_runtime.paged_model import PagedModel
 PLACES = 5
 """Of a prompt at which a chunk is timed."""
 WARM_UP = 1
-WAKING = 8
-"""Untimed steps before each one that decodes: a model calls its layers one after another, threads awake and the program
-in the caches. Right after another variant a call took 0.1 ms longer on a virtual machine."""
 
 Times = NDArray[np.float64]
 
@@ -77,8 +74,8 @@ class AttentionBench:
         shape = LayerShape(settings.num_heads, settings.num_kv_heads, settings.head_size, settings.head_size)
         self._heads, self._weight_bytes = (shape.num_heads, shape.num_kv_heads), 0
         seen = cases(settings, 1, shape.num_kv_heads)
-        made: list[Variant] = [OwnLayer(shape, case) for case in seen]
-        return [*made, StockLayer(shape, seen[0])] if context <= settings.longest_peer else made
+        made: list[Variant] = [OwnLayer(shape, case, context) for case in seen]
+        return [*made, StockLayer(shape, seen[0], context)] if context <= settings.longest_peer else made
 
     def _models(self, context: int) -> list[Variant]:
         assert self._model is not None
@@ -119,12 +116,11 @@ class AttentionBench:
         times = np.zeros((len(variants), WARM_UP + rounds))
         for turn in range(WARM_UP + rounds):
             for index, variant in enumerate(variants):
-                for _ in range(WAKING if count == 1 else 0):
-                    variant.step(count)
-                variant.cool()
+                if count == 1:
+                    variant.step(count)  # brings back the program and wakes the threads
                 begin = time.perf_counter()
                 variant.step(count)
-                times[index, turn] = 1000 * (time.perf_counter() - begin)
+                times[index, turn] = 1000 * (time.perf_counter() - begin) / variant.repeats
         return times[:, WARM_UP:]
 
     def _row(

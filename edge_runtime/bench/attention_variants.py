@@ -14,16 +14,17 @@ from openvino import opset13
 
 import ov_kernels
 from edge_runtime.attention import AttentionPattern
-from edge_runtime.attention_graph import LayerShape, attention_op, block_bytes, parameter
+from edge_runtime.attention_graph import LayerShape, attention_op, block_bytes, cache_input, parameter
 from edge_runtime.block_cache import BlockTable
 from edge_runtime.config import LoadConfig
 from edge_runtime.devices import compile_properties, core
-from edge_runtime.paged_cache import StockCache, aligned_bytes
+from edge_runtime.paged_cache import STOCK_CACHES, StockCache, aligned_bytes
 from edge_runtime.paged_model import PagedModel
 
 KV_TYPE = "u8"
-COLD_BYTES = 96 << 20
-"""A layer's caches are repeated up to this, so that no processor's cache holds them."""
+COLD_BYTES, MOST_REPEATS = 128 << 20, 32
+"""A layer is repeated in its graph until its caches have so many bytes: no processor's cache then holds them, and what
+a call costs outside is shared out, as among the layers of a model."""
 STRIDE_OF_PLACES = 512
 """Tokens that enter a cache at once where none are computed."""
 
@@ -42,16 +43,15 @@ class Variant(Protocol):
     Attributes:
         impl: `edge` or `genai`.
         case: What is seen.
+        repeats: How often a step goes through what is measured.
     """
 
     impl: str
     case: Case
+    repeats: int
 
     def place(self, past: int, end: int) -> None:
         """Hold `past` tokens, and make room for those up to `end`."""
-
-    def cool(self) -> None:
-        """Let the next step read keys and values that no processor's cache holds."""
 
     def step(self, count: int) -> None:
         """Compute `count` tokens after those held; the next step computes them again."""
@@ -62,30 +62,29 @@ class Variant(Protocol):
 
 
 class OwnLayer:
-    """Our op alone, with the blocks that its pattern holds."""
+    """Our op alone, with the blocks that its pattern holds at the end of a context."""
 
     impl = "edge"
 
-    def __init__(self, shape: LayerShape, case: Case) -> None:
+    def __init__(self, shape: LayerShape, case: Case, context: int) -> None:
         self.case = case
         block_size = case.pattern.block_size
         self._table = BlockTable(case.pattern.of_layer(0), block_size, shape.num_heads, shape.num_kv_heads)
         self._block_bytes, self._held = block_bytes(shape, block_size, KV_TYPE), 0
+        held = case.pattern.held_tokens(context, shape.num_kv_heads, shape.num_heads)
+        self.repeats = _repeats(held // block_size * self._block_bytes)
         ov_kernels.add_to(core(), required=True)
         tokens = _token_inputs(shape)
-        cache = parameter("cache", [-1, self._block_bytes], np.uint8)
+        caches = [parameter(cache_input(i), [-1, self._block_bytes], np.uint8) for i in range(self.repeats)]
         spans = [parameter(name, [-1], np.int32) for name in ("past_lens", "subsequence_begins")]
         table = parameter("block_table", [-1, -1, -1], np.int32)
-        inputs = [*tokens, cache, *spans, table]
-        op = attention_op(
-            [node.output(0) for node in inputs],
-            shape,
-            case.pattern.of_layer(0),
-            block_size,
-            KV_TYPE,
-            shape.key_size**-0.5,
-        )
-        compiled = core().compile_model(ov.Model([op.output(0)], inputs), "CPU", _properties())
+        ends = []
+        for cache in caches:
+            ports = [node.output(0) for node in (*tokens, cache, *spans, table)]
+            pattern, scale = case.pattern.of_layer(0), shape.key_size**-0.5
+            ends.append(attention_op(ports, shape, pattern, block_size, KV_TYPE, scale).output(0))
+        model = ov.Model(ends, [*tokens, *caches, *spans, table])
+        compiled = core().compile_model(model, "CPU", _properties())
         self._request = compiled.create_infer_request()
         self._tokens = _Tokens(self._request, shape)
         self._past = np.zeros(1, np.int32)
@@ -102,15 +101,11 @@ class OwnLayer:
         self._past[0] = past
         size = self._table.num_blocks * self._block_bytes
         self._memory = []  # before the new one is taken
-        self._memory = [_touched(size) for _ in range(max(1, COLD_BYTES // size))]
-        self._request.set_tensor("block_table", ov.Tensor(self._table.table[None].copy()))
-        self.cool()
-
-    def cool(self) -> None:
-        """Take the least recently used of the repeated caches."""
-        self._memory.append(self._memory.pop(0))
+        self._memory = [_touched(size) for _ in range(self.repeats)]
         shape = ov.Shape([self._table.num_blocks, self._block_bytes])
-        self._request.set_tensor("cache", ov.Tensor(self._memory[0], shape, ov.Type.u8))
+        for layer, memory in enumerate(self._memory):
+            self._request.set_tensor(cache_input(layer), ov.Tensor(memory, shape, ov.Type.u8))
+        self._request.set_tensor("block_table", ov.Tensor(self._table.table[None].copy()))
 
     def step(self, count: int) -> None:
         """Compute `count` tokens after those held."""
@@ -127,24 +122,28 @@ class StockLayer:
 
     impl = "genai"
 
-    def __init__(self, shape: LayerShape, case: Case) -> None:
+    def __init__(self, shape: LayerShape, case: Case, context: int) -> None:
         self.case = case
+        self.repeats = _repeats(context * shape.num_kv_heads * (shape.key_size + shape.value_size))
         tokens = _token_inputs(shape)
-        caches = [_any_parameter(f"{name}_cache.0") for name in ("key", "value")]
+        caches = [[_any_parameter(name + str(i)) for name in STOCK_CACHES] for i in range(self.repeats)]
         names = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
         spans = [parameter(name, [-1], np.int32) for name in names]
         longest = parameter("max_context_len", [], np.int32)
-        inputs = [*tokens, *caches, *spans, longest]
         none, zero = _constant([], np.int32), _constant(0, np.int32)
         floats, sinks = _constant([], np.float32), opset13.constant(np.zeros((0, 0, 0, 0), np.float32))
         scale = _constant(shape.key_size**-0.5, np.float32)
-        ports = [*tokens, *caches, *spans, scale, zero, floats, longest, none, none, none, floats, floats, zero, zero]
-        ports += [sinks, zero, none, none, none, none, _constant([], np.uint8), none]
-        op = ov.op._PagedAttentionExtension([node.output(0) for node in ports])
-        facts = op.get_rt_info()
-        facts["num_k_heads"] = facts["num_v_heads"] = shape.num_kv_heads
-        facts["k_head_size"], facts["v_head_size"] = shape.key_size, shape.value_size
-        compiled = core().compile_model(ov.Model([op.output(0)], inputs), "CPU", _properties())
+        rest = [*spans, scale, zero, floats, longest, none, none, none, floats, floats, zero, zero]
+        rest += [sinks, zero, none, none, none, none, _constant([], np.uint8), none]
+        ends = []
+        for pair in caches:
+            op = ov.op._PagedAttentionExtension([node.output(0) for node in (*tokens, *pair, *rest)])
+            facts = op.get_rt_info()
+            facts["num_k_heads"] = facts["num_v_heads"] = shape.num_kv_heads
+            facts["k_head_size"], facts["v_head_size"] = shape.key_size, shape.value_size
+            ends.append(op.output(0))
+        model = ov.Model(ends, [*tokens, *(cache for pair in caches for cache in pair), *spans, longest])
+        compiled = core().compile_model(model, "CPU", _properties())
         self._request = compiled.create_infer_request()
         self._tokens = _Tokens(self._request, shape)
         self._cache = StockCache(compiled, self._request, "CPU")
@@ -156,9 +155,6 @@ class StockLayer:
             tensor.data.fill(0)
         self._span = past
 
-    def cool(self) -> None:
-        """Do nothing: what the other variants read pushes these out."""
-
     def step(self, count: int) -> None:
         """Compute `count` tokens after those held."""
         self._cache.hold(self._span, self._span + count)
@@ -167,14 +163,14 @@ class StockLayer:
     @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return sum(tensor.get_byte_size() for tensor in self._cache.tensors)
+        return sum(int(tensor.get_byte_size()) for tensor in self._cache.tensors) // self.repeats
 
 
 class WholeModel:
     """A decoder whose layers see what a pattern says."""
 
     def __init__(self, impl: str, case: Case, model: PagedModel) -> None:
-        self.impl, self.case, self._model = impl, case, model
+        self.impl, self.case, self.repeats, self._model = impl, case, 1, model
         self._past = 0
 
     def place(self, past: int, end: int) -> None:
@@ -187,9 +183,6 @@ class WholeModel:
         for tensor in model.cache.tensors:
             tensor.data.fill(0)
         self._past = model.num_tokens = past
-
-    def cool(self) -> None:
-        """Do nothing: a step reads more than caches hold."""
 
     def step(self, count: int) -> None:
         """Compute `count` tokens after those held."""
@@ -232,6 +225,10 @@ class _Tokens:
             self._request.set_tensor("subsequence_begins", ov.Tensor(np.array([0, count], np.int32)))
         self._request.start_async()
         self._request.wait()
+
+
+def _repeats(size: int) -> int:
+    return min(MOST_REPEATS, max(1, COLD_BYTES // size))
 
 
 def _width(node: Any) -> int:
