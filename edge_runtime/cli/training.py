@@ -62,7 +62,7 @@ def run_adaptation(
     """
     from edge_export.adapt import AdaptRecipe, adapt
 
-    most = parse_number("--max-tokens", max_tokens) if max_tokens else None
+    most = int(parse_number("--max-tokens", max_tokens)) if max_tokens else None
     with StageBars() as on_progress:
         made = adapt(AdaptRecipe(text=tuple(text), max_tokens=most, **recipe), adaptation, output, on_progress)
     if made is None:

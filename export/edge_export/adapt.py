@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 HINT = "give the same options to go on with it, or remove the folder"
 HELD_OUT_WINDOWS = 32
 """Most windows on which perplexity is measured before and after."""
+WARMUP = 0.1
+"""Share of the updates in which the rate rises."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,7 @@ def adapt(
         learning_rate=recipe.learning_rate,
         weight_decay=0.01,
         precision=best_precision() if recipe.precision == "auto" else recipe.precision,
+        warmup=WARMUP,
         checkpoint_s=120,
     )
     trained = train(changed, windows, work, config, loss=adaptation.loss, on_step=_shower(on_progress))
