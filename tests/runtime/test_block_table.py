@@ -106,3 +106,20 @@ def test_memory_of_a_window_does_not_grow():
         cache.forward(1)
         sizes.append(cache.table.num_blocks)
     assert max(sizes) == sizes[-1] == KV_HEADS * (1 + 3 + 1)
+
+
+def test_a_cache_that_grows_puts_the_blocks_of_a_head_in_order():
+    """Reused ones would lie anywhere, which takes a processor longer to read."""
+    table = BlockTable(LayerPattern(window=32, stride=4, offsets=(0, 1)), BLOCK, HEADS, KV_HEADS)
+    table.widen(200)
+    orders = []
+
+    def resize(num_blocks: int) -> None:
+        table.resize(num_blocks)
+        orders.append(table.table[table.table >= 0])
+
+    for past in range(0, 199 * BLOCK, 8):
+        table.hold(past, past + 8, resize)
+    assert len(orders) > 5
+    for order in orders:
+        assert np.array_equal(order, np.arange(len(order)))
