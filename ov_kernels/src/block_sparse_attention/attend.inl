@@ -218,18 +218,16 @@ bool look(const Layout& layout, const Pattern& pattern, const Rows& rows, std::i
     return true;
 }
 
-// Scores to exponentials, in place, and each row's largest score and sum brought up to date. `scales` of i8: those of the
-// block's keys, then of its values; the exponentials are then multiplied by the latter and quantised. Each step goes over
-// all rows before the next begins: a row alone is a chain of reductions, each waiting for the one before.
+// Scores get their scales and lose what is not seen, and each row's largest so far is found. `scales` of i8: those of the
+// block's keys, then of its values.
 template <bool is_masked, bool is_i8>
-inline void soften(const Layout& layout, std::size_t count, const float* scales, const Parts& parts, float* states) {
-    const std::size_t size = layout.block_size, stride = state_stride(layout), top = layout.value_dim;
+inline void find_tops(const Layout& layout, std::size_t count, const float* scales, const Parts& parts, float* states) {
     RowFacts& facts = *parts.facts;
     for (std::size_t r = 0; r < count; ++r) {
-        float* x = parts.scores + r * size;
-        F most = f_set(states[r * stride + top]);
-        facts.factor[r] = states[r * stride + top];
-        for (std::size_t n = 0; n < size; n += lanes) {
+        float* x = parts.scores + r * layout.block_size;
+        facts.factor[r] = states[r * state_stride(layout) + layout.value_dim];
+        F most = f_set(facts.factor[r]);
+        for (std::size_t n = 0; n < layout.block_size; n += lanes) {
             F score = f_load(x + n);
             if constexpr (is_i8) {
                 score = f_mul(score, f_load(scales + n));
@@ -245,34 +243,36 @@ inline void soften(const Layout& layout, std::size_t count, const float* scales,
     for (std::size_t r = 0; r < count; r += lanes) {
         f_store(facts.factor + r, exp_of(f_sub(f_load(facts.factor + r), f_load(facts.top + r))));
     }
+}
+
+// Scores become exponentials, which the rows' sums take in; those of i8 are then multiplied by their values' scales.
+template <bool is_masked, bool is_i8>
+inline void exponentiate(const Layout& layout, std::size_t count, const float* scales, const Parts& parts,
+                         float* states) {
+    RowFacts& facts = *parts.facts;
     for (std::size_t r = 0; r < count; ++r) {
-        float* x = parts.scores + r * size;
-        const F most = f_set(facts.top[r]);
+        float* x = parts.scores + r * layout.block_size;
         F sum = f_set(0.0f), largest = f_set(0.0f);
-        for (std::size_t n = 0; n < size; n += lanes) {
-            F p = exp_of(f_sub(f_load(x + n), most));
+        for (std::size_t n = 0; n < layout.block_size; n += lanes) {
+            F p = exp_of(f_sub(f_load(x + n), f_set(facts.top[r])));
             if constexpr (is_masked) {
                 p = f_keep(p, n, facts.seen[r], 0.0f);
             }
             sum = f_add(sum, p);
             if constexpr (is_i8) {
-                p = f_mul(p, f_load(scales + size + n));
+                p = f_mul(p, f_load(scales + layout.block_size + n));
                 if constexpr (is_masked) {  // the scale of a slot that is not in use may be anything
                     p = f_keep(p, n, facts.seen[r], 0.0f);
                 }
                 largest = f_max(largest, p);
-                sum = f_fma(p, f_set(0.0f), sum);  // NaN and infinity stay what they are
+                sum = f_fma(p, f_set(0.0f), sum);  // what is no finite number spoils the row
             }
             f_store(x + n, p);
         }
-        float* state = states + r * stride + top;
+        float* state = states + r * state_stride(layout) + layout.value_dim;
         state[0] = facts.top[r];
         state[1] = state[1] * facts.factor[r] + f_sum(sum);
         facts.weight[r] = is_i8 ? f_most(largest) * (1.0f / 32767.0f) : 1.0f;
-    }
-    for (std::size_t r = 0; is_i8 && r < count; ++r) {
-        i_quantise16(parts.scores + r * size, size, facts.weight[r] > 0.0f ? 1.0f / facts.weight[r] : 0.0f,
-                     parts.probabilities + r * size);
     }
 }
 
@@ -312,14 +312,30 @@ inline void unpack(Format format, const std::uint8_t* from, const std::uint8_t* 
     }
 }
 
+// Softmax of all rows, in place, for i8 also in 16 bits. Each step goes over all rows before the next begins: one row is
+// a chain of reductions that wait for each other.
+template <bool is_masked, bool is_i8>
+inline void soften(const Layout& layout, const Rows& rows, const std::uint8_t* block, const Parts& parts,
+                   float* states) {
+    const float* scales = reinterpret_cast<const float*>(block + scales_at(layout));
+    find_tops<is_masked, is_i8>(layout, rows.count, scales, parts, states);
+    exponentiate<is_masked, is_i8>(layout, rows.count, scales, parts, states);
+    if constexpr (is_i8) {
+        for (std::size_t r = 0; r < rows.count; ++r) {
+            const float weight = parts.facts->weight[r];
+            i_quantise16(parts.scores + r * layout.block_size, layout.block_size, weight > 0.0f ? 1.0f / weight : 0.0f,
+                         parts.probabilities + r * layout.block_size);
+        }
+    }
+}
+
 template <bool is_i8>
 inline void soften_rows(const Layout& layout, const Rows& rows, const std::uint8_t* block, bool is_masked,
                         const Parts& parts, float* states) {
-    const float* scales = reinterpret_cast<const float*>(block + scales_at(layout));
     if (is_masked) {
-        soften<true, is_i8>(layout, rows.count, scales, parts, states);
+        soften<true, is_i8>(layout, rows, block, parts, states);
     } else {
-        soften<false, is_i8>(layout, rows.count, scales, parts, states);
+        soften<false, is_i8>(layout, rows, block, parts, states);
     }
 }
 
