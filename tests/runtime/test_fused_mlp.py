@@ -43,13 +43,13 @@ FIGURES = f": 1 and 4 tokens take a layer's MLP {MS} fused, {MS} in OpenVINO's o
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One tiny Llama in int8 and int4: as stock ops, with fused MLPs, and with fused MLPs that skip neurons."""
+    """One tiny Llama in int8, int4 and bf16: as stock ops, with fused MLPs, and with fused MLPs that skip neurons."""
     from edge_export.convert import export_model
 
     folder = tmp_path_factory.mktemp("fused")
     source = make_hf_model("llama", folder / "hf", **SIZES)
     made = {}
-    for weights in ("int8", "int4"):
+    for weights in ("int8", "int4", "bf16"):
         stock = folder / f"stock-{weights}"
         export_model(source, stock, weights=weights)
         made[f"stock {weights}"] = stock
@@ -76,7 +76,7 @@ def logits(folder: Path, **options: Any) -> Any:
     return llm.engine.target.model.forward(list(range(3, 15)), 12).copy()
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "bf16"])
 def test_dense_fused_is_the_plain_export(models: dict[str, Path], weights: str) -> None:
     stock, fused = logits(models[f"stock {weights}"]), logits(models[f"fused {weights}"], mlp="fused")
     assert np.abs(stock - fused).max() <= ROUNDING * stock.std()
@@ -95,7 +95,10 @@ def test_thresholds_skip_neurons(models: dict[str, Path]) -> None:
     assert np.abs(dense - sparse).max() > 100 * ROUNDING * dense.std()
 
 
-@pytest.mark.parametrize("name", ["fused int8", "fused int4", "sparse int8", "sparse int4"])
+FORMS = [f"{name} {weights}" for name in ("fused", "sparse") for weights in ("int8", "int4", "bf16")]
+
+
+@pytest.mark.parametrize("name", FORMS)
 def test_lowered_is_the_fused_form(models: dict[str, Path], name: str) -> None:
     fused, stock = (logits(models[name], mlp=form) for form in ("fused", "stock"))
     assert np.abs(stock - fused).max() <= ROUNDING * stock.std()
@@ -150,7 +153,7 @@ def test_lowered_weights_without_zero_points_are_signed(form: str, signed: str, 
         assert any(op.get_type_name() == "Subtract" for op in ops) == (kind == unsigned)
 
 
-@pytest.mark.parametrize("name", ["fused int8", "sparse int8", "sparse int4"])
+@pytest.mark.parametrize("name", ["fused int8", "sparse int8", "sparse int4", "sparse bf16"])
 @pytest.mark.parametrize("num_draft_tokens", [1, 3, 7])
 def test_greedy_speculative_equals_greedy(models: dict[str, Path], name: str, num_draft_tokens: int) -> None:
     llm = EdgeLLM.load(models[name], draft=models["stock int4"], precision="f32", mlp="fused")
