@@ -126,7 +126,7 @@ def _halve(model: ov.Model, weights: str) -> ov.Model:
 
 
 def _narrowed(values: NDArray[np.float32], weights: str) -> Any:
-    """Return a constant of f16 or bf16, rounded to nearest, ties to even."""
+    """Return a constant of f16 or bf16, rounded to nearest, ties to even; OpenVINO's own rounds a quarter of bf16 the other way."""
     import openvino as ov
     from openvino import opset13
 
