@@ -126,7 +126,10 @@ def _halve(model: ov.Model, weights: str) -> ov.Model:
 
 
 def _narrowed(values: NDArray[np.float32], weights: str) -> Any:
-    """Return a constant of f16 or bf16, rounded to nearest, ties to even; OpenVINO's own rounds a quarter of bf16 the other way."""
+    """Return a constant of f16 or bf16, rounded to nearest, ties to even.
+
+    OpenVINO's own constant of bf16 is off by one in the last bit for a quarter of all values.
+    """
     import openvino as ov
     from openvino import opset13
 
