@@ -186,14 +186,19 @@ def test_activations(isa: str, activation: str, size: float) -> None:
 @pytest.mark.parametrize("form", SHAPES)
 @pytest.mark.parametrize("rows", [1, 3, 12])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_nan_reaches_its_own_row_only(isa: str, form: str, rows: int, bad: float) -> None:
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_nan_reaches_its_own_row_only(isa: str, form: str, rows: int, bad: float, exact: bool) -> None:
     mlp, x = make_mlp(form, 128, 256), tokens(rows, 128)
-    clean = compile_op(pack(mlp), 128, 0.05)(x)
+    op = compile_op(pack(mlp), 128, 0.05, exact=exact)
+    clean = op(x)
     x[rows // 2, 77] = bad
-    got = compile_op(pack(mlp), 128, 0.05)(x)
+    got = op(x)
     assert np.isnan(got[rows // 2]).all()
     others = np.arange(rows) != rows // 2
-    np.testing.assert_array_equal(got[others], clean[others])
+    if exact or rows == 1:
+        np.testing.assert_array_equal(got[others], clean[others])
+    else:  # it wakes all neurons, which then share their scales in other batches
+        assert rms_error_of(got[others], clean[others].astype(np.float64)) <= PREFILL
 
 
 def test_no_tokens(isa: str) -> None:

@@ -27,7 +27,8 @@
 // Activations: `exact` computes in f32 throughout, as bf16 does (max error / max y below 1e-5). Else tokens enter the dot
 // products as integers, one scale for each 128 columns, and a * (x Wup) too, one for each batch of neurons: of 16 bits for
 // one or two tokens, with AVX2 alone for up to 8 (rms error / rms y below 1e-4), and of 8 bits for more (below 2e-2, the
-// class of OpenVINO's own dynamic quantisation). tests/kernels/test_cats_mlp.py holds these bounds.
+// class of OpenVINO's own dynamic quantisation). A batch's neurons share their scale, so within these bounds a token's result
+// depends on which neurons its step's other tokens wake; not so in f32. tests/kernels/test_cats_mlp.py holds the bounds.
 //
 // This header is included by every translation unit of the op and names nothing from OpenVINO or the STL.
 

@@ -16,8 +16,6 @@ namespace {
 constexpr std::size_t down_tokens = 5;
 constexpr int tile_vectors = 4;
 
-constexpr int tile_rows(int tokens) { return tokens <= 2 ? 4 : 2; }
-
 constexpr std::size_t sums_stride_of(std::size_t columns) { return columns + 16; }
 
 #include "cats_mlp/kernels.inl"

@@ -1,19 +1,24 @@
-// Decode: up to 8 tokens and a range of neurons. Gate rows give the activations, those name the live neurons, and of these
-// the rows of Wup and Wdown are read in batches, each matrix while the other's next rows come to L2.
+// Decode: up to 8 tokens and a range of neurons. Gate rows give the activations, those name the live neurons, and the
+// records of these, a row of Wup and then one of Wdown, are read in batches.
 //
-// Bound by memory: every live row is read once, in order where all live, and software prefetch runs one tile ahead, into
-// L2, because hardware prefetchers stop at the end of a row that is followed by a dead one.
+// Bound by memory: every live row is read once, one after another, in the order of memory. Software prefetch runs two
+// rows of the gate or a batch of records ahead, because hardware prefetchers stop at the end of a record that a dead one
+// follows. Even then live records alone are read faster than all of them, however few are dead.
 
-constexpr std::size_t max_batch = 64;  // neurons whose rows of Wup and Wdown lie in L2 together
-constexpr std::size_t dot_rows_at_once = 4;
-constexpr float dense_above = 0.65f;  // live share of a range above which all of it is read, in order
+// Neurons that are computed together. With more, the first caches no longer hold this batch's records and the next
+// one's; with fewer, sums of Wdown are loaded and stored too often.
+template <class W, int bits>
+constexpr std::size_t batch_rows = (bits == 8 ? 16 : 8) * block / W::block_bytes;
+constexpr std::size_t max_batch = 32;
+constexpr std::size_t gate_rows_ahead = 2;
 
-// Neurons that are computed together: their rows of Wup, then of Wdown, each while the other's next rows come to L2.
+// Its rows of Wup give the coefficients of its rows of Wdown.
 struct Batch {
     const std::uint32_t* live;
     std::size_t count;
     const std::uint8_t* down[max_batch];
-    const std::uint8_t* next[max_batch];  // rows of Wup of the batch after this one
+    const std::uint8_t* next[2 * max_batch];  // the next batch's rows, in the order of memory; `num_next` of them
+    std::size_t num_next;
     float c[max_batch][max_decode_rows];  // activations, then coefficients of the rows of Wdown
     // Coefficients as integers in groups of n = 2 (16 bits) or 4 (8 bits) rows, [max_batch / n][8][n], and their scales
     // and sums, one for each token.
@@ -24,31 +29,28 @@ struct Batch {
 
 template <class W, int bits>
 void multiply_up(const Weights& w, const Tokens& t, Batch& batch) {
-    float up[max_decode_rows * max_batch];
-    for (std::size_t i = 0; i < batch.count; i += dot_rows_at_once) {
-        const std::size_t rows = batch.count - i < dot_rows_at_once ? batch.count - i : dot_rows_at_once;
-        dots<W, bits>(w.up, w.columns / block, batch.live + i, batch.down + i, rows, t, up + i, max_batch);
-    }
-    for (std::size_t m = 0; m < t.rows; ++m) {
-        for (std::size_t i = 0; i < batch.count; ++i) {
-            batch.c[i][m] *= up[m * max_batch + i];
+    for (std::size_t i = 0; i < batch.count; ++i) {
+        float up[max_decode_rows];
+        dots<W, bits>(w.up, w.columns / block, batch.live[i], batch.next[i], t, up, 1);
+        for (std::size_t m = 0; m < t.rows; ++m) {
+            batch.c[i][m] *= up[m];
         }
     }
 }
 
 // Scales are NaN where a coefficient is not finite.
-template <int bits>
+template <class W, int bits>
 void quantise_batch(Batch& batch, std::size_t tokens) {
-    constexpr std::size_t n = 32 / bits;
+    constexpr std::size_t n = 32 / bits, count = (batch_rows<W, bits> + 15) / 16 * 16;
     Values<bits>* to = reinterpret_cast<Values<bits>*>(batch.q);
     for (std::size_t m = 0; m < tokens; ++m) {
-        float c[block] = {};
-        Values<bits> q[block];
+        float c[count] = {};
+        Values<bits> q[count];
         for (std::size_t i = 0; i < batch.count; ++i) {
             c[i] = batch.c[i][m];
         }
-        quantise(c, bits, q, batch.scale[m], batch.sum[m]);
-        for (std::size_t i = 0; i < max_batch; ++i) {
+        quantise(c, count, bits, q, batch.scale[m], batch.sum[m]);
+        for (std::size_t i = 0; i < count; ++i) {
             to[(i / n * max_decode_rows + m) * n + i % n] = q[i];
         }
     }
@@ -91,7 +93,7 @@ inline void add_scaled(float* sums, I integers, F scale, F off) {
     f_store(sums, f_fma(f_from_i32(integers), scale, f_sub(f_load(sums), off)));
 }
 
-// The same with 16-bit coefficients, two rows at a time. No sum of 64 products of 16 and 8 bits exceeds 31 bits.
+// The same with 16-bit coefficients, two rows at a time. No sum of a batch's products of 16 and 8 bits exceeds 31 bits.
 template <class W, int M>
 void add_down16(const Batch& batch, std::size_t b, std::size_t column, std::size_t m0, float* sums,
                 std::size_t stride) {
@@ -151,7 +153,7 @@ void add_down(const Weights& w, const Batch& batch, std::size_t tokens, float* s
     constexpr std::size_t step = lanes * 32 / bits;
     const std::size_t parts = (tokens + down_tokens - 1) / down_tokens, most = (tokens + parts - 1) / parts;
     for (std::size_t b = 0; b < w.columns / block; ++b) {
-        for (std::size_t i = 0; i < batch.count; ++i) {
+        for (std::size_t i = batch.count; i < batch.num_next; ++i) {  // those before came while Wup was read
             EDGE_PREFETCH_BLOCK(W, batch.next[i], b)
         }
         for (std::size_t column = 0; column < half; column += step) {
@@ -171,7 +173,7 @@ void add_down(const Weights& w, const Batch& batch, std::size_t tokens, float* s
     }
 }
 
-// Clears dead activations in g [rows][stride]; writes the neurons to read, in order, and returns their number.
+// Clears dead activations in g [rows][stride]; writes the live neurons in order and returns their number.
 std::size_t live_neurons(const Thresholds& thresholds, std::size_t first, std::size_t count, std::size_t rows, float* g,
                          std::size_t stride, std::uint32_t* live) {
     std::size_t found = 0;
@@ -187,13 +189,7 @@ std::size_t live_neurons(const Thresholds& thresholds, std::size_t first, std::s
         live[found] = static_cast<std::uint32_t>(first + j);
         found += is_alive;
     }
-    if (static_cast<float>(found) <= dense_above * static_cast<float>(count)) {
-        return found;
-    }
-    for (std::size_t j = 0; j < count; ++j) {
-        live[j] = static_cast<std::uint32_t>(first + j);
-    }
-    return count;
+    return found;
 }
 
 // Takes a block's raw sums of Wdown to final ones: sums += scale * (raw - zero * sum of coefficients).
@@ -210,35 +206,40 @@ void fold_group(const Weights& w, std::size_t group, std::size_t rows, const flo
     }
 }
 
-// g[m][j] = f(gate row first + j . token m). `rows` holds the numbers of the rows.
+// g[m][j] = f(gate row first + j . token m).
 template <class W, int bits>
-void gate_of(const Weights& w, const Tokens& t, const std::uint32_t* rows, std::size_t count, float* g,
-             std::size_t stride) {
-    for (std::size_t j = 0; j < count; j += dot_rows_at_once) {
-        const std::size_t tile = count - j < dot_rows_at_once ? count - j : dot_rows_at_once;
-        const std::uint8_t* next[dot_rows_at_once];
-        for (std::size_t r = 0; r < dot_rows_at_once; ++r) {
-            const std::size_t ahead = j + dot_rows_at_once + r < count ? j + dot_rows_at_once + r : j;
-            next[r] = w.gate.rows + rows[ahead] * w.gate.stride;
-        }
-        dots<W, bits>(w.gate, w.columns / block, rows + j, next, tile, t, g + j, stride);
+void gate_of(const Weights& w, const Tokens& t, std::size_t first, std::size_t count, float* g, std::size_t stride) {
+    for (std::size_t j = 0; j < count; ++j) {
+        const std::size_t ahead = j + gate_rows_ahead < count ? j + gate_rows_ahead : j;
+        const std::uint8_t* next = w.gate.rows + (first + ahead) * w.gate.stride;
+        dots<W, bits>(w.gate, w.columns / block, first + j, next, t, g + j, stride);
     }
     activate(w.activation, g, t.rows * stride);
 }
 
-// The batch that begins with live[i]; in 4 bits it ends with the neurons that share their scales of Wdown.
-template <class W>
-void make_batch(const Weights& w, const std::uint32_t* live, std::size_t found, std::size_t i, Batch& batch) {
-    batch.live = live + i;
-    batch.count = 0;
-    while (batch.count < max_batch && i + batch.count < found &&
-           (!W::is_grouped || live[i + batch.count] / block == live[i] / block)) {
-        ++batch.count;
+// Neurons of the batch that begins with live[i]; in 4 bits they share their scales of Wdown.
+template <class W, int bits>
+std::size_t batch_size(const std::uint32_t* live, std::size_t found, std::size_t i) {
+    std::size_t count = 0;
+    while (count < batch_rows<W, bits> && i + count < found &&
+           (!W::is_grouped || live[i + count] / block == live[i] / block)) {
+        ++count;
     }
-    for (std::size_t r = 0; r < max_batch; ++r) {
-        const std::size_t ahead = i + batch.count + r;
-        batch.down[r] = w.down + batch.live[r < batch.count ? r : 0] * w.up.stride;
-        batch.next[r] = w.up.rows + live[ahead < found ? ahead : i] * w.up.stride;
+    return count;
+}
+
+// The batch that begins with live[i], without its activations.
+template <class W, int bits>
+void make_batch(const Weights& w, const std::uint32_t* live, std::size_t found, std::size_t i, Batch& batch) {
+    const std::size_t after = i + batch_size<W, bits>(live, found, i);
+    batch.live = live + i;
+    batch.count = after - i;
+    batch.num_next = 2 * batch_size<W, bits>(live, found, after);
+    for (std::size_t r = 0; r < batch_rows<W, bits>; ++r) {
+        const std::size_t neuron = live[r < batch.count ? i + r : i];
+        batch.down[r] = w.down + neuron * w.up.stride;
+        batch.next[2 * r] = w.up.rows + (2 * r < batch.num_next ? live[after + r] : neuron) * w.up.stride;
+        batch.next[2 * r + 1] = batch.next[2 * r] + w.row_bytes;
         for (std::size_t m = 0; m < max_decode_rows; ++m) {
             batch.c[r][m] = 0;
         }
@@ -257,20 +258,19 @@ std::size_t decode_range(const Weights& w, const Thresholds& thresholds, const T
     for (std::size_t i = 0; i < t.rows * padded; ++i) {
         g[i] = 0;
     }
-    for (std::size_t j = 0; j < count; ++j) {
-        live[j] = static_cast<std::uint32_t>(first + j);
-    }
-    gate_of<W, bits>(w, t, live, count, g, padded);
+    gate_of<W, bits>(w, t, first, count, g, padded);
     const std::size_t found = live_neurons(thresholds, first, count, t.rows, g, padded, live);
+    for (std::size_t i = 0; i < batch_size<W, bits>(live, found, 0); ++i) {
+        for (std::size_t b = 0; b < 2 * w.columns / block; ++b) {
+            EDGE_PREFETCH_BLOCK(W, w.up.rows + live[i] * w.up.stride, b)
+        }
+    }
     Batch batch;
     for (std::size_t i = 0; i < found; i += batch.count) {
-        make_batch<W>(w, live, found, i, batch);
+        make_batch<W, bits>(w, live, found, i, batch);
         for (std::size_t r = 0; r < batch.count; ++r) {
             for (std::size_t m = 0; m < t.rows; ++m) {
                 batch.c[r][m] = g[m * padded + live[i + r] - first];
-            }
-            for (std::size_t b = 0; i == 0 && b < w.columns / block; ++b) {
-                EDGE_PREFETCH_BLOCK(W, w.up.rows + live[r] * w.up.stride, b)
             }
         }
         const bool begins_group = W::is_grouped && (i == 0 || live[i] / block != live[i - 1] / block);
@@ -279,7 +279,7 @@ std::size_t decode_range(const Weights& w, const Thresholds& thresholds, const T
         }
         multiply_up<W, bits>(w, t, batch);
         if constexpr (bits != 32) {
-            quantise_batch<bits>(batch, t.rows);
+            quantise_batch<W, bits>(batch, t.rows);
         }
         sum_up<bits>(batch, t.rows, coefficients);
         add_down<W, bits>(w, batch, t.rows, to, stride);

@@ -2,7 +2,6 @@
 // operations in its own unnamed namespace and then includes this file there, so nothing leaks to other units:
 //
 //   F, I              vectors of `lanes` floats and of as many 32-bit integers
-//   tile_rows(m)      weight rows whose dot products with m tokens fit the registers together
 //   down_tokens       tokens, at most 5, whose sums of Wdown for 4 vectors of columns fit the registers together
 //   tile_vectors      vectors of output columns that a prefill tile has, for up to 6 tokens
 //   f_*, i_*          arithmetic, loads without alignment, f16 and integer conversions
@@ -12,7 +11,7 @@
 //   transpose         lanes x lanes 32-bit words from rows of their own, to dense rows
 //
 // Where integers end: a block of 128 products of 16 and 8 bits is below 2^7 * 2^15 * 2^7 = 2^29, one of 8 and 8 bits below
-// 2^7 * 2^8 * 2^7 = 2^22, and a batch of 64 rows of Wdown half of either, so no sum leaves 32 bits.
+// 2^7 * 2^8 * 2^7 = 2^22, and a batch of at most 32 rows of Wdown a quarter of either, so no sum leaves 32 bits.
 
 // Each needs those before.
 // clang-format off

@@ -174,7 +174,7 @@ void hidden_of(const Weights& w, const Thresholds& thresholds, const Tokens& t, 
             values[j] = a <= limit && a >= -limit ? 0.0f : a * up[m * block + j];
         }
         const std::size_t entry = first / block * t.rows + m;
-        quantise(values, 8, hidden.q + entry * block, hidden.scale[entry], hidden.sum[entry]);
+        quantise(values, block, 8, hidden.q + entry * block, hidden.scale[entry], hidden.sum[entry]);
     }
 }
 

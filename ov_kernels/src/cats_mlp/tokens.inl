@@ -12,16 +12,16 @@ float sum_of(const float* x) {
     return f_sum(sum);
 }
 
-// 128 values as integers of `bits`; sets their scale and the sum of what they then stand for. The inverse of a smaller
-// scale than this could be infinite.
+// Values, a multiple of 16, as integers of `bits`; sets their scale and the sum of what they then stand for. The inverse of
+// a smaller scale than this could be infinite.
 constexpr float least_scale = 1.17549435e-38f;
 
-void quantise(const float* x, int bits, void* q, float& scale, float& sum) {
-    scale = f_scale_of(x, block, bits == 16 ? 32767.0f : 127.0f);
+void quantise(const float* x, std::size_t count, int bits, void* q, float& scale, float& sum) {
+    scale = f_scale_of(x, count, bits == 16 ? 32767.0f : 127.0f);
     scale = scale < least_scale ? least_scale : scale;
     const float inverse = scale > 0 ? 1.0f / scale : 0.0f;  // NaN: 0
-    const std::int32_t total = bits == 16 ? i_quantise16(x, block, inverse, static_cast<std::int16_t*>(q))
-                                          : i_quantise8(x, block, inverse, static_cast<std::int8_t*>(q));
+    const std::int32_t total = bits == 16 ? i_quantise16(x, count, inverse, static_cast<std::int16_t*>(q))
+                                          : i_quantise8(x, count, inverse, static_cast<std::int8_t*>(q));
     sum = scale * static_cast<float>(total);
 }
 
@@ -44,7 +44,7 @@ void prepare(const Weights& w, const float* x, int bits, Tokens& t) {
                 }
                 t.sum[entry] = sum_of(padded);
             } else {
-                quantise(padded, bits, to, t.scale[entry], t.sum[entry]);
+                quantise(padded, block, bits, to, t.scale[entry], t.sum[entry]);
             }
             t.total[m] += t.sum[entry];
         }

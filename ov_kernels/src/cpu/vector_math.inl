@@ -1,7 +1,7 @@
 // Loops over registers, and e^x. Included after a unit's vector operations.
 
 // A macro: gcc takes a function that only prefetches for one without effect and drops its calls.
-#define EDGE_PREFETCH(p) _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1)
+#define EDGE_PREFETCH(p) _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0)
 
 // body(0), ..., body(n - 1) with constants: registers that a loop would index stay registers, while gcc stores an array's
 // elements in every step of the loop around it.
