@@ -88,12 +88,13 @@ void add_down32(const Batch& batch, std::size_t b, std::size_t column, std::size
     }
 }
 
-// sums[lanes] += scale * integers - off.
-inline void add_scaled(float* sums, I integers, F scale, F off) {
-    f_store(sums, f_fma(f_from_i32(integers), scale, f_sub(f_load(sums), off)));
+// sums[lanes] += scale * integers.
+inline void add_scaled(float* sums, I integers, F scale) {
+    f_store(sums, f_fma(f_from_i32(integers), scale, f_load(sums)));
 }
 
-// The same with 16-bit coefficients, two rows at a time. No sum of a batch's products of 16 and 8 bits exceeds 31 bits.
+// The same with 16-bit coefficients, two rows at a time; the sums of each two vectors of columns stay in the order that
+// i_zip16 gives, see order_sums().
 template <class W, int M>
 void add_down16(const Batch& batch, std::size_t b, std::size_t column, std::size_t m0, float* sums,
                 std::size_t stride) {
@@ -112,18 +113,16 @@ void add_down16(const Batch& batch, std::size_t b, std::size_t column, std::size
     }
     unroll<M>([&](auto m) {
         float* to = sums + (m0 + m) * stride + b * block + column;
-        const F scale = f_set(batch.scale[m0 + m]), off = f_set(0.0f);
-        I ordered[4];
-        i_unzip16(total[m][0], total[m][1], ordered[0], ordered[1]);
-        i_unzip16(total[m][2], total[m][3], ordered[2], ordered[3]);
-        add_scaled(to, ordered[0], scale, off);
-        add_scaled(to + lanes, ordered[1], scale, off);
-        add_scaled(to + half, ordered[2], scale, off);
-        add_scaled(to + half + lanes, ordered[3], scale, off);
+        const F scale = f_set(batch.scale[m0 + m]);
+        add_scaled(to, total[m][0], scale);
+        add_scaled(to + lanes, total[m][1], scale);
+        add_scaled(to + half, total[m][2], scale);
+        add_scaled(to + half + lanes, total[m][3], scale);
     });
 }
 
-// The same with 8-bit coefficients, four rows at a time: one half of a block's columns after the other.
+// The same with 8-bit coefficients, four rows at a time, one half of a block's columns after the other: sums over unsigned
+// bytes, each four vectors in the order that i_zip8 gives.
 template <class W, int M>
 void add_down8(const Batch& batch, std::size_t b, std::size_t column, std::size_t m0, float* sums, std::size_t stride) {
     for (int part = 0; part < 2; ++part) {
@@ -140,9 +139,8 @@ void add_down8(const Batch& batch, std::size_t b, std::size_t column, std::size_
         }
         unroll<M>([&](auto m) {
             float* to = sums + (m0 + m) * stride + b * block + (part ? half : 0) + column;
-            const F scale = f_set(batch.scale[m0 + m]), off = f_set(W::shift * batch.sum[m0 + m]);
-            i_unzip8(total[m]);
-            unroll<4>([&](auto v) { add_scaled(to + v * lanes, total[m][v], scale, off); });
+            const F scale = f_set(batch.scale[m0 + m]);
+            unroll<4>([&](auto v) { add_scaled(to + v * lanes, total[m][v], scale); });
         });
     }
 }
@@ -173,21 +171,45 @@ void add_down(const Weights& w, const Batch& batch, std::size_t tokens, float* s
     }
 }
 
-// Clears dead activations in g [rows][stride]; writes the live neurons in order and returns their number.
+// Brings raw sums, [rows][stride], into the order of columns, and takes off what unsigned bytes had too much.
+template <class W, int bits>
+void order_sums(std::size_t columns, std::size_t rows, const float* coefficients, float* sums, std::size_t stride) {
+    constexpr std::size_t zipped = bits == 8 ? 4 : 2;
+    for (std::size_t m = 0; m < rows; ++m) {
+        const F off = f_set(bits == 8 ? W::shift * coefficients[m] : 0.0f);
+        for (float* p = sums + m * stride; p < sums + m * stride + columns; p += zipped * lanes) {
+            I x[4];
+            unroll<zipped>([&](auto v) { x[v] = i_load(p + v * lanes); });
+            if constexpr (bits == 8) {
+                i_unzip8(x);
+            } else {
+                i_unzip16(x[0], x[1], x[0], x[1]);
+            }
+            unroll<zipped>([&](auto v) {
+                i_store(p + v * lanes, x[v]);
+                f_store(p + v * lanes, f_sub(f_load(p + v * lanes), off));
+            });
+        }
+    }
+}
+
+// Clears dead activations in g [rows][stride]; writes the live neurons in order and returns their number. Without
+// branches, which nobody could predict, with SSE, which every unit has.
 std::size_t live_neurons(const Thresholds& thresholds, std::size_t first, std::size_t count, std::size_t rows, float* g,
                          std::size_t stride, std::uint32_t* live) {
+    const __m128 sign = _mm_set_ss(-0.0f);
     std::size_t found = 0;
     for (std::size_t j = 0; j < count; ++j) {
-        const float limit = threshold_of(thresholds, first + j);
-        bool is_alive = false;
+        const __m128 limit = _mm_set_ss(threshold_of(thresholds, first + j));
+        int is_alive = 0;
         for (std::size_t m = 0; m < rows; ++m) {
-            float& value = g[m * stride + j];
-            const bool is_dead = value <= limit && value >= -limit;
-            value = is_dead ? 0.0f : value;
-            is_alive |= !is_dead;
+            const __m128 value = _mm_load_ss(g + m * stride + j);
+            const __m128 is_kept = _mm_cmpnle_ss(_mm_andnot_ps(sign, value), limit);  // true for NaN
+            _mm_store_ss(g + m * stride + j, _mm_and_ps(value, is_kept));
+            is_alive |= _mm_movemask_ps(is_kept) & 1;
         }
         live[found] = static_cast<std::uint32_t>(first + j);
-        found += is_alive;
+        found += static_cast<std::size_t>(is_alive);
     }
     return found;
 }
@@ -284,7 +306,13 @@ std::size_t decode_range(const Weights& w, const Thresholds& thresholds, const T
         sum_up<bits>(batch, t.rows, coefficients);
         add_down<W, bits>(w, batch, t.rows, to, stride);
         const std::size_t after = i + batch.count;
-        if (W::is_grouped && (after == found || live[after] / block != live[i] / block)) {
+        const bool ends_group = W::is_grouped && (after == found || live[after] / block != live[i] / block);
+        if constexpr (bits != 32) {
+            if (ends_group || after == found) {
+                order_sums<W, bits>(w.columns, t.rows, coefficients, to, stride);
+            }
+        }
+        if (ends_group) {
             fold_group(w, live[i] / block, t.rows, to, coefficients, sums);
             for (float& coefficient : coefficients) {
                 coefficient = 0;
