@@ -190,7 +190,11 @@ def _stock_runs(mlp: Any, hidden: int) -> Iterator[tuple[str, Run]]:
     from edge_runtime.devices import core
     from edge_runtime.fused_mlp import standard_ops
 
-    settings: dict[str, dict[str, Any]] = {"default": {}, "f32": {"INFERENCE_PRECISION_HINT": "f32"}}
+    settings: dict[str, dict[str, Any]] = {
+        "default": {},
+        "f32": {"INFERENCE_PRECISION_HINT": "f32"},
+        "activations in groups of 128": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 128},
+    }
     if "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         properties = {"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
         settings["bf16, no dynamic quantisation"] = properties

@@ -21,7 +21,7 @@ using Values = typename ValuesOf<bits>::type;
 // The scales of a row's blocks, times the tokens' where `t` has integers, and what zeros take off: the sum over blocks
 // of scale * zero * sum of the token's values.
 template <int bits, int M>
-inline void row_scales(const Matrix& a, std::size_t row, const Tokens& t, std::size_t m0,
+inline void row_scales(const Matrix& a, std::size_t row, const Tokens& t,
                        float (&scales)[M][max_groups + lanes], float (&off)[M]) {
     F taken[M];
     for (int m = 0; m < M; ++m) {
@@ -32,9 +32,9 @@ inline void row_scales(const Matrix& a, std::size_t row, const Tokens& t, std::s
         const F scale = f_from_f16(a.scale + row * a.groups + g, count);
         const F product = f_mul(scale, f_from_i8(a.zero + row * a.groups + g, count));
         for (int m = 0; m < M; ++m) {
-            const F with_token = bits == 32 ? scale : f_mul(scale, f_load(t.scale + (m0 + m) * a.groups + g, count));
+            const F with_token = bits == 32 ? scale : f_mul(scale, f_load(t.scale + m * a.groups + g, count));
             f_store(scales[m] + g, with_token);
-            taken[m] = f_fma(product, f_load(t.sum + (m0 + m) * a.groups + g, count), taken[m]);
+            taken[m] = f_fma(product, f_load(t.sum + m * a.groups + g, count), taken[m]);
         }
     }
     for (int m = 0; m < M; ++m) {
@@ -101,21 +101,20 @@ inline void add_block(const std::uint8_t* p, const Values<bits>* const* x, std::
     }
 }
 
-// out[m * stride] = row j . token m0 + m, while the row `next` is prefetched.
 template <class W, int bits, int M>
-void dot_row(const Matrix& a, std::size_t blocks, std::size_t j, const std::uint8_t* next, const Tokens& t,
-             std::size_t m0, float* out, std::size_t stride) {
+void dot_row(const Matrix& a, std::size_t blocks, std::size_t j, const std::uint8_t* next, const Tokens& t, float* out,
+             std::size_t stride) {
     float combined[M][max_groups + lanes], off[M];
     const std::uint8_t* p = a.rows + j * a.stride;
     const Values<bits>* x[M];
     const float* scales[M];
     F total[M];
     if (W::is_grouped) {
-        row_scales<bits, M>(a, j, t, m0, combined, off);
+        row_scales<bits, M>(a, j, t, combined, off);
     }
     unroll<M>([&](auto m) {
-        x[m] = static_cast<const Values<bits>*>(t.values) + (m0 + m) * blocks * block;
-        scales[m] = W::is_grouped ? combined[m] : t.scale + (m0 + m) * blocks;
+        x[m] = static_cast<const Values<bits>*>(t.values) + m * blocks * block;
+        scales[m] = W::is_grouped ? combined[m] : t.scale + m * blocks;
         total[m] = f_set(0.0f);
     });
     for (std::size_t b = 0; b < blocks; ++b) {
@@ -128,23 +127,20 @@ void dot_row(const Matrix& a, std::size_t blocks, std::size_t j, const std::uint
             value -= off[m];
         } else if (W::has_scale) {
             const float zero = static_cast<float>(a.zero[j]) + (bits == 8 ? W::shift : 0.0f);
-            value = f_one_f16(a.scale + j) * (value - zero * t.total[m0 + m]);
+            value = f_one_f16(a.scale + j) * (value - zero * t.total[m]);
         }
         out[m * stride] = value;
     });
 }
 
-// out[m * stride] = row j . token m, for all tokens.
+// out[m * stride] = row j . token m, for all tokens, while the row `next` is prefetched.
 template <class W, int bits>
 void dots(const Matrix& a, std::size_t blocks, std::size_t j, const std::uint8_t* next, const Tokens& t, float* out,
           std::size_t stride) {
-    using Row = void (*)(const Matrix&, std::size_t, std::size_t, const std::uint8_t*, const Tokens&, std::size_t,
-                         float*, std::size_t);
-    static constexpr Row by_tokens[] = {dot_row<W, bits, 1>, dot_row<W, bits, 2>, dot_row<W, bits, 3>,
-                                        dot_row<W, bits, 4>, dot_row<W, bits, 5>, dot_row<W, bits, 6>};
-    const std::size_t most = t.rows <= 6 ? t.rows : 4;
-    for (std::size_t m = 0; m < t.rows; m += most) {
-        const std::size_t tokens = t.rows - m < most ? t.rows - m : most;
-        by_tokens[tokens - 1](a, blocks, j, next, t, m, out + m * stride, stride);
-    }
+    using Row = void (*)(const Matrix&, std::size_t, std::size_t, const std::uint8_t*, const Tokens&, float*,
+                         std::size_t);
+    static constexpr Row by_tokens[max_decode_rows] = {dot_row<W, bits, 1>, dot_row<W, bits, 2>, dot_row<W, bits, 3>,
+                                                       dot_row<W, bits, 4>, dot_row<W, bits, 5>, dot_row<W, bits, 6>,
+                                                       dot_row<W, bits, 7>, dot_row<W, bits, 8>};
+    by_tokens[t.rows - 1](a, blocks, j, next, t, out, stride);
 }
