@@ -213,12 +213,12 @@ def test_a_plain_model_has_no_fused_mlps(models: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fused_ms", "stock_ms", "chosen"), [(1.0, 2.0, "fused"), (1.0, 0.97, "fused"), (1.0, 0.9, "stock")]
+    ("fused_ms", "stock_ms", "chosen"), [(1.0, 2.0, "fused"), (1.0, 0.85, "fused"), (1.0, 0.75, "stock")]
 )
 def test_stock_must_be_clearly_faster(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, fused_ms: float, stock_ms: float, chosen: str
 ) -> None:
-    """Noise would otherwise decide between equals, and OpenVINO's ops take more memory."""
+    """Noise would otherwise decide between near equals, and OpenVINO's ops take twice the memory."""
     monkeypatch.setattr(fused_mlp, "_trial", lambda *_: {"fused": fused_ms, "stock": stock_ms})
     said = EdgeLLM.load(models["fused int8"]).mlp
     assert said is not None

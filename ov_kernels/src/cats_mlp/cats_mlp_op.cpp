@@ -19,21 +19,31 @@ namespace {
 
 using namespace cats_mlp;
 
-// Neurons are shared out in ranges, each with sums of its own, added in order: the result does not depend on threads.
-// 32 ranges feed the cores of a client CPU; a range under 256 neurons would cost more to add up than to compute.
-constexpr std::size_t max_ranges = 32;
-constexpr std::size_t least_range = 256;
+// Neurons are shared out in ranges, each with sums of its own, added in order: the result does not depend on threads. A
+// range is a 16th of what is left, so that threads end together on many cores and on cores of two speeds; one under 256
+// neurons would cost more to add up than to compute.
+constexpr std::size_t shares = 16;
+constexpr std::size_t least_range = 2 * block;
+
+// Where each range begins, and where the last one ends.
+std::vector<std::size_t> ranges_of(std::size_t ffn) {
+    std::vector<std::size_t> bounds{0};
+    while (bounds.back() < ffn) {
+        const std::size_t left = ffn - bounds.back(), size = ceil_div(left, shares * block) * block;
+        bounds.push_back(bounds.back() + std::min(left, std::max(least_range, size)));
+    }
+    return bounds;
+}
 
 std::atomic<std::uint64_t> bytes_read{0};
 
 // Up to 8 tokens.
 void decode_rows(const Kernels& k, const Weights& w, const Thresholds& thresholds, const float* x, std::size_t rows,
                  bool exact, float* y) {
-    const std::size_t chunks = ceil_div(w.ffn, block), blocks = w.columns / block;
-    const std::size_t wanted = std::min(max_ranges, std::max<std::size_t>(1, w.ffn / least_range));
-    const std::size_t per_range = ceil_div(chunks, wanted), ranges = ceil_div(chunks, per_range);
+    const std::vector<std::size_t> bounds = ranges_of(w.ffn);
+    const std::size_t blocks = w.columns / block, ranges = bounds.size() - 1;
     const std::size_t stride = rows * sums_stride(w), threads = num_threads();
-    const std::size_t part = Scratch::floats_of<float>(decode_scratch(w, rows, per_range * block));
+    const std::size_t part = Scratch::floats_of<float>(decode_scratch(w, rows, bounds[1]));
     Scratch scratch(Scratch::floats_of<float>(rows * w.columns) + 2 * Scratch::floats_of<float>(rows * blocks) + 16 +
                     threads * part + ranges * stride);
     const int bits = exact ? 32 : rows <= k.max_rows_of_16_bits ? 16 : 8;
@@ -47,10 +57,9 @@ void decode_rows(const Kernels& k, const Weights& w, const Thresholds& threshold
     float* sums = scratch.take<float>(ranges * stride);
     k.prepare(w, x, bits, tokens);
     share_out(ranges, threads, [&](std::size_t range, std::size_t thread) {
-        const std::size_t first = range * per_range * block;
-        const std::size_t last = std::min(w.ffn, first + per_range * block);
         std::fill_n(sums + range * stride, stride, 0.0f);
-        bytes_read += k.decode(w, thresholds, tokens, bits, first, last, sums + range * stride, own + thread * part);
+        bytes_read += k.decode(w, thresholds, tokens, bits, bounds[range], bounds[range + 1], sums + range * stride,
+                               own + thread * part);
     });
     share_out(ceil_div(w.hidden, 1024), threads, [&](std::size_t task, std::size_t) {
         k.finish(w, sums, ranges, rows, task * 1024, std::min(w.hidden, task * 1024 + 1024), y);

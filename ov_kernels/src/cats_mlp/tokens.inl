@@ -31,10 +31,11 @@ void prepare(const Weights& w, const float* x, int bits, Tokens& t) {
     for (std::size_t m = 0; m < t.rows; ++m) {
         t.total[m] = 0;
         for (std::size_t b = 0; b < blocks; ++b) {
-            float padded[block];
-            for (std::size_t c = 0; c < block; ++c) {
-                const std::size_t column = b * block + c;
-                padded[c] = column < w.hidden ? f_first(x + m * w.hidden + column) : 0.0f;
+            const std::size_t count = w.hidden - b * block < block ? w.hidden - b * block : block;
+            float padded[block] = {};
+            for (std::size_t c = 0; c < count; c += lanes) {
+                const std::size_t rest = count - c < lanes ? count - c : lanes;
+                f_store(padded + c, f_load(x + m * w.hidden + b * block + c, rest));
             }
             const std::size_t entry = is_prefill ? b * t.rows + m : m * blocks + b;
             void* to = static_cast<std::uint8_t*>(t.values) + entry * block_bytes;
