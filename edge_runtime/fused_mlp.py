@@ -4,9 +4,9 @@ A model exported with fused MLPs holds only the op, whose blob has the quantised
 device without the op, or a CPU on which OpenVINO's own kernels are faster, gets the model lowered: the same values and
 thresholds, no skipped weights.
 
-On CPU a trial on the user's own machine decides, unless the user does: the first layer's MLP alone, in both forms in
-turn, on one token and on a short block. Its input is random, so that thresholds found on real activations would skip
-another share of it; neurons are therefore dead by decree, the share that the export was asked for.
+On CPU a trial on the user's own machine decides, unless the user does: neurons of the first layer's MLP alone, in both
+forms in turn, on one token and on a short block. Its input is random, so that thresholds found on real activations
+would skip another share of it; neurons are therefore dead by decree, the share that the export was asked for.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from openvino import opset13
 import ov_kernels
 from edge_runtime.config import LoadConfig
 from edge_runtime.devices import activation_group_size, core
-from ov_kernels.mlp_blob import HEADER, GatedMlp, Matrix, unpack
+from ov_kernels.mlp_blob import BLOCK, HEADER, GatedMlp, Matrix, pack, unpack
 
 OP_TYPE = "CatsMlp"
 FORMS = ("fused", "stock")
 TRIAL_ROWS = (1, 4)
 """Tokens of a plain step and of one that verifies a short draft: what decoding does."""
-TRIAL_RUNS, FEWEST_RUNS = 7, 3
-TRIAL_MS = 100.0
-"""Bound of the undisturbed time of the runs with one number of rows, for layers so large that FEWEST_RUNS reach it."""
+TRIAL_RUNS = 4
+TRIAL_BYTES = 12 << 20
+"""Weights of a layer that are tried, at most: both forms' time grows with them, and so does that of loading."""
 CLEARLY_FASTER = 0.8
-"""Part of the fused form's time that OpenVINO's ops must not exceed. They hold every weight twice in memory of their own,
-where the op reads the file's pages, and take longer to load: with 800 MB of MLPs 2.9 instead of 1.3 GB, and 2 s more."""
+"""Part of the fused form's time that OpenVINO's ops must not exceed. They hold every weight twice in memory of their
+own, where the op reads the file's pages, and load longer: with 800 MB of MLPs 2.9 instead of 1.3 GB, and 2 s more."""
 CACHES_BYTES = 64 << 20
 """More than the caches of a personal computer hold."""
 
@@ -155,20 +155,21 @@ def _activated(x: Any, activation: str) -> Any:
 def _faster_form(nodes: list[Any], properties: dict[str, Any], sparsity: float) -> tuple[str, str]:
     """Time the first layer's MLP in both forms; return the one to run, and the figures."""
     shared = {name: value for name, value in properties.items() if name not in ("CACHE_DIR", "KV_CACHE_PRECISION")}
-    requests = {
-        name: core().compile_model(_alone(nodes[0], name), "CPU", shared).create_infer_request() for name in FORMS
-    }
-    settle = _cache_filler([node.input_value(1).get_partial_shape()[0].get_length() for node in nodes])
+    sample, thresholds = _first_neurons(nodes[0])
+    neurons = len(sample.gate.values)
+    alone = {"fused": _fused_alone(nodes[0], sample), "stock": _stock_alone(sample, thresholds)}
+    requests = {name: core().compile_model(alone[name], "CPU", shared).create_infer_request() for name in FORMS}
+    settle = _cache_filler([node.input_value(1).get_node().data for node in nodes])
     spent: dict[str, list[float]] = {name: [] for name in FORMS}
     for rows in TRIAL_ROWS:
         # A neuron is skipped where all tokens leave it dead: by chance, with tokens that have nothing in common.
-        requests["fused"].set_input_tensor(1, openvino.Tensor(_thresholds(nodes[0], sparsity**rows)))
+        requests["fused"].set_input_tensor(1, openvino.Tensor(_thresholds(neurons, sparsity**rows)))
         for name, ms in _trial(requests, rows, settle).items():
             spent[name].append(ms)
     chosen = "stock" if sum(spent["stock"]) < CLEARLY_FASTER * sum(spent["fused"]) else "fused"
     fused, stock = (" and ".join(f"{ms:.2f}" for ms in spent[name]) for name in FORMS)
     tokens = " and ".join(map(str, TRIAL_ROWS))
-    return chosen, f": {tokens} tokens take a layer's MLP {fused} ms fused, {stock} ms in OpenVINO's ops"
+    return chosen, f": {tokens} tokens take {neurons} neurons of a layer {fused} ms fused, {stock} ms in OpenVINO's ops"
 
 
 def _trial(requests: dict[str, Any], rows: int, settle: Callable[[], object]) -> dict[str, float]:
@@ -181,7 +182,7 @@ def _trial(requests: dict[str, Any], rows: int, settle: Callable[[], object]) ->
     hidden = requests["fused"].model_inputs[0].get_partial_shape()[2].get_length()
     x = openvino.Tensor(np.random.default_rng(0).standard_normal((1, rows, hidden), dtype=np.float32))
     times: dict[str, list[float]] = {name: [] for name in requests}
-    for run in range(1 + TRIAL_RUNS):
+    for _ in range(1 + TRIAL_RUNS):
         for name, request in requests.items():
             request.set_input_tensor(0, x)
             settle()
@@ -189,40 +190,50 @@ def _trial(requests: dict[str, Any], rows: int, settle: Callable[[], object]) ->
             request.start_async()
             request.wait()
             times[name].append(1000 * (time.perf_counter() - begin))
-        least = {name: min(values[1:] or values) for name, values in times.items()}  # the first prepares the plugin
-        if run >= FEWEST_RUNS and run * sum(least.values()) > TRIAL_MS:
-            break
-    return least
+    return {name: min(values[1:]) for name, values in times.items()}  # the first prepares the plugin
 
 
-def _cache_filler(sizes: list[int]) -> Callable[[], object]:
-    """Return what to call before each timed run: it drops a layer from the caches if the other layers would.
+def _cache_filler(blobs: list[NDArray[np.uint8]]) -> Callable[[], object]:
+    """Return what to call before each timed run of the first layer: it reads others if those would clear the caches.
 
     Args:
-        sizes: Bytes of each layer's MLP.
+        blobs: Each layer's MLP.
     """
-    if sum(sizes) <= CACHES_BYTES or sizes[0] > CACHES_BYTES:
+    if sum(blob.nbytes for blob in blobs) <= CACHES_BYTES:
         return lambda: None
-    return np.ones(CACHES_BYTES // 8, np.int64).sum
+    parts, left = [], CACHES_BYTES
+    for blob in blobs[1:] or blobs:
+        parts.append(blob[: min(left, blob.nbytes) // 8 * 8].view(np.uint64))
+        left = max(0, left - blob.nbytes)
+    return lambda: [part.max(initial=0) for part in parts]
 
 
-def _thresholds(node: Any, share: float) -> NDArray[np.float32]:
+def _first_neurons(node: Any) -> tuple[GatedMlp, NDArray[np.float32]]:
+    """Return the first of a layer's neurons, TRIAL_BYTES of them, and their thresholds."""
+    blob, thresholds = (node.input_value(i).get_node().data for i in (1, 2))
+    all_of_them = HEADER.unpack_from(blob)[5]
+    count = min(all_of_them, max(1, TRIAL_BYTES * all_of_them // blob.nbytes // BLOCK) * BLOCK)
+    return unpack(blob, count), thresholds[:count]
+
+
+def _thresholds(neurons: int, share: float) -> NDArray[np.float32]:
     """Return thresholds (F,) that kill this share of the neurons whatever comes in, evenly spread."""
-    neurons = HEADER.unpack_from(node.input_value(1).get_node().data)[5]
     is_dead = np.diff(np.floor(share * np.arange(neurons + 1))) > 0
     return np.where(is_dead, np.inf, -1).astype(np.float32)
 
 
-def _alone(node: Any, form: str) -> openvino.Model:
-    """Return a model of one MLP: a copy of the node that takes thresholds as its second input, or its standard ops."""
-    hidden = node.input_value(0).get_partial_shape()[-1].get_length()
-    x = opset13.parameter([1, -1, hidden], np.float32)
-    blob, thresholds = (node.input_value(i).get_node() for i in (1, 2))
-    if form == "stock":
-        return openvino.Model([standard_ops(unpack(blob.data), x.output(0), thresholds.data)], [x])
-    limits = opset13.parameter([-1], np.float32)
-    return openvino.Model([_copy(node, [x.output(0), blob.output(0), limits.output(0)])], [x, limits])
+def _stock_alone(mlp: GatedMlp, thresholds: NDArray[np.float32]) -> openvino.Model:
+    x = _input(mlp)
+    return openvino.Model([standard_ops(mlp, x.output(0), thresholds)], [x])
 
 
-def _copy(node: Any, inputs: list[Any]) -> Any:
-    return ov_kernels.create(OP_TYPE, inputs, dict(node.get_attributes())).output(0)
+def _fused_alone(node: Any, mlp: GatedMlp) -> openvino.Model:
+    """Return a model of the op alone, as `node` has it; its second input is the thresholds."""
+    x, limits = _input(mlp), opset13.parameter([-1], np.float32)
+    blob = opset13.constant(pack(mlp), shared_memory=True)
+    op = ov_kernels.create(OP_TYPE, [x.output(0), blob.output(0), limits.output(0)], dict(node.get_attributes()))
+    return openvino.Model([op.output(0)], [x, limits])
+
+
+def _input(mlp: GatedMlp) -> Any:
+    return opset13.parameter([1, -1, mlp.gate.values.shape[1]], np.float32)

@@ -96,24 +96,29 @@ def pack(mlp: GatedMlp) -> NDArray[np.uint8]:
     return np.frombuffer(bytearray(_header(mlp, hidden, ffn, len(body)) + body), np.uint8)
 
 
-def unpack(blob: NDArray[np.uint8]) -> GatedMlp:
+def unpack(blob: NDArray[np.uint8], neurons: int | None = None) -> GatedMlp:
     """Return the MLP that a blob was packed from.
+
+    Args:
+        blob: From `pack`.
+        neurons: Leave out those after so many, in 4 bits a multiple of 128.
 
     Raises:
         ValueError: It is not a whole blob of this version.
     """
-    content = blob.tobytes()
-    if content[: len(MAGIC)] != MAGIC or len(content) < ALIGNMENT:
+    content = np.ascontiguousarray(blob)
+    if content[: len(MAGIC)].tobytes() != MAGIC or len(content) < ALIGNMENT:
         raise ValueError("the blob does not begin with EDGE-MLP")
-    _, version, form, activation, hidden, ffn, _, size = HEADER.unpack(content[: HEADER.size])
+    _, version, form, activation, hidden, ffn, _, size = HEADER.unpack(content[: HEADER.size].tobytes())
     if version != VERSION or size != len(content):
         raise ValueError(f"the blob has version {version} and {len(content)} bytes, expected {VERSION} and {size}")
     columns, take = -(-hidden // BLOCK) * BLOCK, _Sections(content)
     width = {"i8": columns, "u4": columns // 2, "bf16": 2 * columns}[FORMATS[form]]
     groups, down_groups = {"i8": (1, 1), "u4": (columns // BLOCK, ffn // BLOCK), "bf16": (0, 0)}[FORMATS[form]]
-    gate, records = take(np.uint8, ffn, width), take(np.uint8, ffn, 2 * width + RECORD_PADDING)
-    scales = [(take(np.float16, ffn, groups), take(np.int8, ffn, groups)) for _ in range(2)]
-    down = [take(kind, down_groups, columns)[:, :hidden].T for kind in (np.float16, np.int8)]
+    kept, kept_groups = (ffn, down_groups) if neurons is None else (neurons, min(down_groups, -(-neurons // BLOCK)))
+    gate, records = take(np.uint8, ffn, width)[:kept], take(np.uint8, ffn, 2 * width + RECORD_PADDING)[:kept]
+    scales = [(take(np.float16, ffn, groups)[:kept], take(np.int8, ffn, groups)[:kept]) for _ in range(2)]
+    down = [take(kind, down_groups, columns)[:kept_groups, :hidden].T for kind in (np.float16, np.int8)]
     values = [
         _values(rows, FORMATS[form])[:, :hidden] for rows in (gate, records[:, :width], records[:, width : 2 * width])
     ]
@@ -127,7 +132,7 @@ def unpack(blob: NDArray[np.uint8]) -> GatedMlp:
 class _Sections:
     """Reads a blob's sections, one after another."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: NDArray[np.uint8]) -> None:
         self._content, self._next = content, ALIGNMENT
 
     def __call__(self, kind: type, rows: int, columns: int) -> NDArray[Any]:

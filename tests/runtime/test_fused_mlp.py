@@ -38,7 +38,7 @@ THRESHOLDS = [np.array([0.2], np.float32), np.random.default_rng(0).uniform(-0.1
 ROUNDING = 1e-4
 """Bound of max |difference| / standard deviation of logits: f32 sums in another order."""
 MS = r"\d+\.\d\d and \d+\.\d\d ms"
-FIGURES = f": 1 and 4 tokens take a layer's MLP {MS} fused, {MS} in OpenVINO's ops"
+FIGURES = f": 1 and 4 tokens take 256 neurons of a layer {MS} fused, {MS} in OpenVINO's ops"
 
 
 @pytest.fixture(scope="module")
@@ -227,20 +227,29 @@ def test_stock_must_be_clearly_faster(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.9])
-def test_the_trial_skips_the_share_that_was_exported(models: dict[str, Path], share: float) -> None:
+def test_the_trial_skips_the_share_that_was_exported(share: float) -> None:
     """Random input meets thresholds of real activations: it would skip another share, none or all."""
-    model, _ = read_model(models["sparse int8"])
-    limits = fused_mlp._thresholds(fused_mlps(model)[0], share)
+    limits = fused_mlp._thresholds(NEURONS, share)
     assert limits.shape == (NEURONS,)
     assert abs(np.isinf(limits).mean() - share) <= 1 / NEURONS
 
 
-@pytest.mark.parametrize(
-    ("sizes", "fills"), [([1 << 20] * 4, False), ([20 << 20] * 30, True), ([100 << 20] * 30, False)]
-)
-def test_the_trial_drops_a_layer_from_the_caches_if_the_model_would(sizes: list[int], fills: bool) -> None:
+@pytest.mark.parametrize("weights", ["int8", "int4", "bf16"])
+def test_the_trial_is_bounded(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, weights: str
+) -> None:
+    """A layer of a large model would take longer to try than the model to load."""
+    monkeypatch.setattr(fused_mlp, "TRIAL_BYTES", 1)
+    with caplog.at_level(logging.INFO):
+        EdgeLLM.load(models[f"sparse {weights}"])
+    assert "1 and 4 tokens take 128 neurons of a layer" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(("megabytes", "fills"), [([1] * 4, False), ([20] * 5, True), ([100, 20], True)])
+def test_the_trial_drops_a_layer_from_the_caches_if_the_model_would(megabytes: list[int], fills: bool) -> None:
     """In a model larger than the caches each layer comes from memory, which is where skipped weights save time."""
-    assert (fused_mlp._cache_filler(sizes)() is not None) == fills
+    fill = fused_mlp._cache_filler([np.zeros(size << 20, np.uint8) for size in megabytes])
+    assert (fill() is not None) == fills
 
 
 def test_a_wrong_form_is_one_line(models: dict[str, Path]) -> None:
