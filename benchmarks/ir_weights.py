@@ -2,11 +2,17 @@
 
 The export keeps each weight under its Hugging Face name: u8 values, a zero point and an f16 scale for each row. The
 weights of RMSNorm are constants of the multiplication that uses them. Values are the dequantised ones, so the model
-computes what the IR computes.
+computes what the IR computes. As a Hugging Face folder, for training:
+
+    python benchmarks/ir_weights.py OUT [FOLDER]
+
+FOLDER is the embedded target by default.
 """
 
 from __future__ import annotations
 
+import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,7 @@ import openvino
 from numpy.typing import NDArray
 
 from edge_export.quiet import quiet
+from edge_runtime.demo import demo_target
 from edge_runtime.manifest import MODEL_NAME
 
 NORM = "/aten::mul/Multiply_1"
@@ -53,3 +60,18 @@ def read_weights(folder: Path) -> dict[str, NDArray[np.float32]]:
 def _constant(output: Any) -> NDArray[np.float32] | None:
     node = output.get_node()
     return np.array(node.data, np.float32) if node.get_type_name() == "Constant" else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="Hugging Face folder to make")
+    parser.add_argument("folder", type=Path, nargs="?", default=demo_target())
+    arguments = parser.parse_args()
+    llama_of_ir(arguments.folder).save_pretrained(arguments.output)
+    for file in arguments.folder.glob("tokenizer*"):
+        shutil.copy(file, arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
