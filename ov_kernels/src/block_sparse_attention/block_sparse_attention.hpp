@@ -43,14 +43,15 @@ struct Layout {
     std::size_t value_dim;   // V, a multiple of 16
 };
 
-inline std::size_t element_bytes(const Layout& x) {
+// Static: what a unit of one instruction set emits must not serve another.
+static inline std::size_t element_bytes(const Layout& x) {
     return x.format == Format::f32 ? 4 : x.format == Format::bf16 ? 2 : 1;
 }
-inline std::size_t values_at(const Layout& x) { return x.block_size * x.key_dim * element_bytes(x); }
-inline std::size_t scales_at(const Layout& x) {
+static inline std::size_t values_at(const Layout& x) { return x.block_size * x.key_dim * element_bytes(x); }
+static inline std::size_t scales_at(const Layout& x) {
     return x.block_size * (x.key_dim + x.value_dim) * element_bytes(x);
 }
-inline std::size_t block_bytes(const Layout& x) {
+static inline std::size_t block_bytes(const Layout& x) {
     return scales_at(x) + (x.format == Format::i8 ? 2 * x.block_size * sizeof(float) : 0);
 }
 
@@ -63,7 +64,7 @@ struct Pattern {
     const std::int64_t* offsets;
 };
 
-inline std::int64_t local_start(const Pattern& x, std::int64_t position, std::int64_t block_size) {
+static inline std::int64_t local_start(const Pattern& x, std::int64_t position, std::int64_t block_size) {
     const std::int64_t end = x.by_tokens ? position + 1 : (position / block_size + 1) * block_size;
     return x.window < 0 || end < x.window ? 0 : end - x.window;
 }
@@ -84,7 +85,7 @@ struct Entry {
 };
 
 // What a row has seen so far: V sums of values, then the largest score and the sum of exponentials.
-inline std::size_t state_stride(const Layout& x) { return x.value_dim + 16; }
+static inline std::size_t state_stride(const Layout& x) { return x.value_dim + 16; }
 constexpr float nothing_seen = -3.0e38f;
 
 // One instruction set. Pointers need no alignment beyond their type's.
