@@ -10,6 +10,7 @@
 template <class W, int bits>
 constexpr std::size_t batch_rows = (bits == 8 ? 16 : 8) * block / W::block_bytes;
 constexpr std::size_t max_batch = 32;
+static_assert(batch_rows<U4, 8> == max_batch, "the smallest rows make the largest batches");
 constexpr std::size_t gate_rows_ahead = 2;
 
 // Its rows of Wup give the coefficients of its rows of Wdown.
@@ -250,6 +251,15 @@ std::size_t batch_size(const std::uint32_t* live, std::size_t found, std::size_t
     return count;
 }
 
+template <class W>
+void prefetch_records(const Weights& w, const std::uint32_t* live, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) {
+        for (std::size_t b = 0; b < 2 * w.columns / block; ++b) {
+            EDGE_PREFETCH_BLOCK(W, w.up.rows + live[i] * w.up.stride, b)
+        }
+    }
+}
+
 // The batch that begins with live[i], without its activations.
 template <class W, int bits>
 void make_batch(const Weights& w, const std::uint32_t* live, std::size_t found, std::size_t i, Batch& batch) {
@@ -268,6 +278,15 @@ void make_batch(const Weights& w, const std::uint32_t* live, std::size_t found, 
     }
 }
 
+// From g, [tokens][stride], which begins with neuron `first`.
+inline void take_activations(const float* g, std::size_t stride, std::size_t first, std::size_t tokens, Batch& batch) {
+    for (std::size_t r = 0; r < batch.count; ++r) {
+        for (std::size_t m = 0; m < tokens; ++m) {
+            batch.c[r][m] = g[m * stride + batch.live[r] - first];
+        }
+    }
+}
+
 template <class W, int bits>
 std::size_t decode_range(const Weights& w, const Thresholds& thresholds, const Tokens& t, std::size_t first,
                          std::size_t last, float* sums, float* scratch) {
@@ -282,19 +301,11 @@ std::size_t decode_range(const Weights& w, const Thresholds& thresholds, const T
     }
     gate_of<W, bits>(w, t, first, count, g, padded);
     const std::size_t found = live_neurons(thresholds, first, count, t.rows, g, padded, live);
-    for (std::size_t i = 0; i < batch_size<W, bits>(live, found, 0); ++i) {
-        for (std::size_t b = 0; b < 2 * w.columns / block; ++b) {
-            EDGE_PREFETCH_BLOCK(W, w.up.rows + live[i] * w.up.stride, b)
-        }
-    }
+    prefetch_records<W>(w, live, batch_size<W, bits>(live, found, 0));
     Batch batch;
     for (std::size_t i = 0; i < found; i += batch.count) {
         make_batch<W, bits>(w, live, found, i, batch);
-        for (std::size_t r = 0; r < batch.count; ++r) {
-            for (std::size_t m = 0; m < t.rows; ++m) {
-                batch.c[r][m] = g[m * padded + live[i + r] - first];
-            }
-        }
+        take_activations(g, padded, first, t.rows, batch);
         const bool begins_group = W::is_grouped && (i == 0 || live[i] / block != live[i - 1] / block);
         for (std::size_t k = 0; begins_group && k < t.rows * w.columns; ++k) {
             to[k] = 0;
