@@ -1,12 +1,12 @@
 // Decode: up to 8 tokens and a range of neurons. Gate rows give the activations, those name the live neurons, and the
 // records of these, a row of Wup and then one of Wdown, are read in batches.
 //
-// Bound by memory: every live row is read once, one after another, in the order of memory. Software prefetch runs two
-// rows of the gate or a batch of records ahead, because hardware prefetchers stop at the end of a record that a dead one
-// follows. Even then live records alone are read faster than all of them, however few are dead.
+// Bound by memory: every live row is read once, one after another. Software prefetch runs two rows of the gate or a batch
+// of Wup or Wdown ahead, each of these while the other is computed, because hardware prefetchers stop at the end of a
+// record that a dead one follows. Even then live records are read faster than all of them, however few are dead.
 
-// Neurons that are computed together. With more, the first caches no longer hold this batch's records and the next
-// one's; with fewer, sums of Wdown are loaded and stored too often.
+// Neurons that are computed together. With more, the first caches no longer hold their rows; with fewer, sums of Wdown
+// are loaded and stored too often.
 template <class W, int bits>
 constexpr std::size_t batch_rows = (bits == 8 ? 16 : 8) * block / W::block_bytes;
 constexpr std::size_t max_batch = 32;
@@ -18,7 +18,7 @@ struct Batch {
     const std::uint32_t* live;
     std::size_t count;
     const std::uint8_t* down[max_batch];
-    const std::uint8_t* next[2 * max_batch];  // the next batch's rows, in the order of memory; `num_next` of them
+    const std::uint8_t* next[max_batch];  // rows of Wup of the neurons after it, `num_next` of them
     std::size_t num_next;
     float c[max_batch][max_decode_rows];  // activations, then coefficients of the rows of Wdown
     // Coefficients as integers in groups of n = 2 (16 bits) or 4 (8 bits) rows, [max_batch / n][8][n], and their scales
@@ -32,7 +32,7 @@ template <class W, int bits>
 void multiply_up(const Weights& w, const Tokens& t, Batch& batch) {
     for (std::size_t i = 0; i < batch.count; ++i) {
         float up[max_decode_rows];
-        dots<W, bits>(w.up, w.columns / block, batch.live[i], batch.next[i], t, up, 1);
+        dots<W, bits>(w.up, w.columns / block, batch.live[i], batch.down[i], t, up, 1);
         for (std::size_t m = 0; m < t.rows; ++m) {
             batch.c[i][m] *= up[m];
         }
@@ -152,7 +152,7 @@ void add_down(const Weights& w, const Batch& batch, std::size_t tokens, float* s
     constexpr std::size_t step = lanes * 32 / bits;
     const std::size_t parts = (tokens + down_tokens - 1) / down_tokens, most = (tokens + parts - 1) / parts;
     for (std::size_t b = 0; b < w.columns / block; ++b) {
-        for (std::size_t i = batch.count; i < batch.num_next; ++i) {  // those before came while Wup was read
+        for (std::size_t i = 0; i < batch.num_next; ++i) {
             EDGE_PREFETCH_BLOCK(W, batch.next[i], b)
         }
         for (std::size_t column = 0; column < half; column += step) {
@@ -251,27 +251,19 @@ std::size_t batch_size(const std::uint32_t* live, std::size_t found, std::size_t
     return count;
 }
 
-template <class W>
-void prefetch_records(const Weights& w, const std::uint32_t* live, std::size_t count) {
-    for (std::size_t i = 0; i < count; ++i) {
-        for (std::size_t b = 0; b < 2 * w.columns / block; ++b) {
-            EDGE_PREFETCH_BLOCK(W, w.up.rows + live[i] * w.up.stride, b)
-        }
-    }
-}
-
 // The batch that begins with live[i], without its activations.
 template <class W, int bits>
 void make_batch(const Weights& w, const std::uint32_t* live, std::size_t found, std::size_t i, Batch& batch) {
+    constexpr std::size_t most = batch_rows<W, bits>;
     const std::size_t after = i + batch_size<W, bits>(live, found, i);
     batch.live = live + i;
     batch.count = after - i;
-    batch.num_next = 2 * batch_size<W, bits>(live, found, after);
-    for (std::size_t r = 0; r < batch_rows<W, bits>; ++r) {
-        const std::size_t neuron = live[r < batch.count ? i + r : i];
-        batch.down[r] = w.down + neuron * w.up.stride;
-        batch.next[2 * r] = w.up.rows + (2 * r < batch.num_next ? live[after + r] : neuron) * w.up.stride;
-        batch.next[2 * r + 1] = batch.next[2 * r] + w.row_bytes;
+    batch.num_next = found - after < most ? found - after : most;
+    for (std::size_t r = 0; r < batch.num_next; ++r) {
+        batch.next[r] = w.up.rows + live[after + r] * w.up.stride;
+    }
+    for (std::size_t r = 0; r < most; ++r) {  // those that fill up fours of rows have coefficients of 0
+        batch.down[r] = w.down + live[r < batch.count ? i + r : i] * w.up.stride;
         for (std::size_t m = 0; m < max_decode_rows; ++m) {
             batch.c[r][m] = 0;
         }
@@ -301,7 +293,11 @@ std::size_t decode_range(const Weights& w, const Thresholds& thresholds, const T
     }
     gate_of<W, bits>(w, t, first, count, g, padded);
     const std::size_t found = live_neurons(thresholds, first, count, t.rows, g, padded, live);
-    prefetch_records<W>(w, live, batch_size<W, bits>(live, found, 0));
+    for (std::size_t i = 0; i < found && i < batch_rows<W, bits>; ++i) {
+        for (std::size_t b = 0; b < w.columns / block; ++b) {
+            EDGE_PREFETCH_BLOCK(W, w.up.rows + live[i] * w.up.stride, b)
+        }
+    }
     Batch batch;
     for (std::size_t i = 0; i < found; i += batch.count) {
         make_batch<W, bits>(w, live, found, i, batch);
