@@ -35,7 +35,7 @@ TRIAL_BYTES = 12 << 20
 """Weights of a layer that are tried, at most: both forms' time grows with them, and so does that of loading."""
 CLEARLY_FASTER = 0.8
 """Part of the fused form's time that OpenVINO's ops must not exceed. They hold every weight twice in memory of their
-own, where the op reads the file's pages, and load longer: with 800 MB of MLPs 2.9 instead of 1.3 GB, and 2 s more."""
+own, where the op reads the file's pages, and load longer: with 800 MB of MLPs 3.0 instead of 1.4 GB, and 2 s more."""
 CACHES_BYTES = 64 << 20
 """More than the caches of a personal computer hold."""
 

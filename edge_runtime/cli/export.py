@@ -36,7 +36,7 @@ def export(
         ),
     ] = None,
     mlp: Annotated[
-        str, typer.Option(metavar="KIND", help="stock, or fused: gated MLPs as one faster op; with bf16, int8 or int4.")
+        str, typer.Option(metavar="KIND", help="stock, or fused: each gated MLP one op; with bf16, int8 or int4.")
     ] = "stock",
     cats: Annotated[
         float | None,

@@ -28,6 +28,7 @@ constexpr std::size_t least_range = 2 * block;
 // Where each range begins, and where the last one ends.
 std::vector<std::size_t> ranges_of(std::size_t ffn) {
     std::vector<std::size_t> bounds{0};
+    bounds.reserve(64);
     while (bounds.back() < ffn) {
         const std::size_t left = ffn - bounds.back(), size = ceil_div(left, shares * block) * block;
         bounds.push_back(bounds.back() + std::min(left, std::max(least_range, size)));
