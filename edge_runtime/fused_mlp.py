@@ -24,7 +24,7 @@ from openvino import opset13
 import ov_kernels
 from edge_runtime.config import LoadConfig
 from edge_runtime.devices import activation_group_size, core
-from ov_kernels.mlp_blob import BLOCK, HEADER, GatedMlp, Matrix, pack, unpack
+from ov_kernels.mlp_blob import BLOCK, HEADER, GatedMlp, Matrix, layout_of, pack, unpack
 
 OP_TYPE = "CatsMlp"
 FORMS = ("fused", "stock")
@@ -230,7 +230,7 @@ def _stock_alone(mlp: GatedMlp, thresholds: NDArray[np.float32]) -> openvino.Mod
 def _fused_alone(node: Any, mlp: GatedMlp) -> openvino.Model:
     """Return a model of the op alone, as `node` has it; its second input is the thresholds."""
     x, limits = _input(mlp), opset13.parameter([-1], np.float32)
-    blob = opset13.constant(pack(mlp), shared_memory=True)
+    blob = opset13.constant(pack(mlp, layout_of(node.input_value(1).get_node().data)), shared_memory=True)
     op = ov_kernels.create(OP_TYPE, [x.output(0), blob.output(0), limits.output(0)], dict(node.get_attributes()))
     return openvino.Model([op.output(0)], [x, limits])
 

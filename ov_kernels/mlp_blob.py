@@ -1,7 +1,7 @@
 """The weights of one gated MLP as the one blob that the op CatsMlp reads; src/cats_mlp/cats_mlp.hpp has the layout.
 
-    blob = pack(GatedMlp(gate, up, down, "silu"))     # uint8 [bytes]
-    unpack(blob).gate.values                          # the same quantised values again
+    blob = pack(GatedMlp(gate, up, down, "silu"), "tiles")     # uint8 [bytes]
+    unpack(blob).gate.values                                   # the same quantised values again
 
 Values are kept as they were quantised: a model whose MLPs became blobs computes what it did before, up to rounding.
 """
@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MAGIC, VERSION = b"EDGE-MLP", 1
+MAGIC, VERSION = b"EDGE-MLP", 2
 HEADER = struct.Struct("<8s6IQ20x")
 FORMATS = ("i8", "u4", "bf16")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf")
+LAYOUTS = ("records", "tiles")
+"""Of weights: neuron by neuron, to be skipped; or 16 rows abreast, to be read whole, which is faster."""
 BLOCK = 128
 """Columns, and in 4 bits neurons, that share a scale; rows are padded to whole blocks."""
+TILE, WORD = 16, 4
 ALIGNMENT = RECORD_PADDING = 64
 
 
@@ -70,8 +73,12 @@ class GatedMlp:
     activation: str = "silu"
 
 
-def pack(mlp: GatedMlp) -> NDArray[np.uint8]:
+def pack(mlp: GatedMlp, layout: str = "records") -> NDArray[np.uint8]:
     """Return the blob of an MLP.
+
+    Args:
+        mlp: Its weights.
+        layout: `records` for an MLP whose thresholds leave neurons dead, `tiles` for one without.
 
     Raises:
         ValueError: The matrices' formats differ, 4-bit sizes are no multiples of 128, or a scale or a bf16 weight is
@@ -84,16 +91,14 @@ def pack(mlp: GatedMlp) -> NDArray[np.uint8]:
         raise ValueError(f"sizes are {hidden} and {ffn}, expected multiples of {BLOCK} for 4 bits")
     if not all(map(_is_finite, (mlp.gate, mlp.up, mlp.down))):
         raise ValueError("a scale or weight is infinite or NaN, expected finite numbers")
-    padding = np.zeros((ffn, RECORD_PADDING), np.uint8)
-    records = np.concatenate([_rows(mlp.up.values), _rows(mlp.down.values.T), padding], 1)
-    sections = [_rows(mlp.gate.values), records]
-    for matrix in (mlp.gate, mlp.up):
-        if matrix.scale is not None and matrix.zero is not None:
-            sections += [matrix.scale, matrix.zero]
-    if mlp.down.scale is not None and mlp.down.zero is not None:
-        sections += [_padded(part.T) for part in (mlp.down.scale, mlp.down.zero)]
-    body = b"".join(_aligned(section) for section in sections)
-    return np.frombuffer(bytearray(_header(mlp, hidden, ffn, len(body)) + body), np.uint8)
+    body = b"".join(_aligned(section) for section in (_records(mlp) if layout == "records" else _tiles(mlp)))
+    header = _header(mlp, hidden, ffn, LAYOUTS.index(layout), len(body))
+    return np.frombuffer(bytearray(header + body), np.uint8)
+
+
+def layout_of(blob: NDArray[np.uint8]) -> str:
+    """Return a blob's layout."""
+    return LAYOUTS[HEADER.unpack(blob[: HEADER.size].tobytes())[6]]
 
 
 def unpack(blob: NDArray[np.uint8], neurons: int | None = None) -> GatedMlp:
@@ -109,24 +114,89 @@ def unpack(blob: NDArray[np.uint8], neurons: int | None = None) -> GatedMlp:
     content = np.ascontiguousarray(blob)
     if content[: len(MAGIC)].tobytes() != MAGIC or len(content) < ALIGNMENT:
         raise ValueError("the blob does not begin with EDGE-MLP")
-    _, version, form, activation, hidden, ffn, _, size = HEADER.unpack(content[: HEADER.size].tobytes())
+    _, version, form, activation, hidden, ffn, layout, size = HEADER.unpack(content[: HEADER.size].tobytes())
     if version != VERSION or size != len(content):
         raise ValueError(f"the blob has version {version} and {len(content)} bytes, expected {VERSION} and {size}")
-    columns, take = -(-hidden // BLOCK) * BLOCK, _Sections(content)
-    width = {"i8": columns, "u4": columns // 2, "bf16": 2 * columns}[FORMATS[form]]
-    groups, down_groups = {"i8": (1, 1), "u4": (columns // BLOCK, ffn // BLOCK), "bf16": (0, 0)}[FORMATS[form]]
-    kept, kept_groups = (ffn, down_groups) if neurons is None else (neurons, min(down_groups, -(-neurons // BLOCK)))
-    gate, records = take(np.uint8, ffn, width)[:kept], take(np.uint8, ffn, 2 * width + RECORD_PADDING)[:kept]
-    scales = [(take(np.float16, ffn, groups)[:kept], take(np.int8, ffn, groups)[:kept]) for _ in range(2)]
-    down = [take(kind, down_groups, columns)[:kept_groups, :hidden].T for kind in (np.float16, np.int8)]
-    values = [
-        _values(rows, FORMATS[form])[:, :hidden] for rows in (gate, records[:, :width], records[:, width : 2 * width])
-    ]
-    parts = [scales[0], scales[1], (down[0], down[1])] if groups else [(None, None)] * 3
-    return GatedMlp(
-        Matrix(values[0], *parts[0]), Matrix(values[1], *parts[1]), Matrix(values[2].T, *parts[2]),
-        ACTIVATIONS[activation],
-    )  # fmt: skip
+    read = _read_records if LAYOUTS[layout] == "records" else _read_tiles
+    gate, up, down = read(_Sections(content), FORMATS[form], hidden, ffn, neurons or ffn)
+    return GatedMlp(gate, up, down, ACTIVATIONS[activation])
+
+
+def _records(mlp: GatedMlp) -> list[NDArray[Any]]:
+    """Return the sections of gate tiles and records."""
+    padding = np.zeros((len(mlp.gate.values), RECORD_PADDING), np.uint8)
+    records = np.concatenate([_rows(mlp.up.values), _rows(mlp.down.values.T), padding], 1)
+    sections = [_tiled(mlp.gate), records, *_tiled_scales(mlp.gate)]
+    if mlp.up.scale is not None and mlp.up.zero is not None:
+        sections += [mlp.up.scale, mlp.up.zero]
+    if mlp.down.scale is not None and mlp.down.zero is not None:
+        sections += [_padded(part.T) for part in (mlp.down.scale, mlp.down.zero)]
+    return sections
+
+
+def _tiles(mlp: GatedMlp) -> list[NDArray[Any]]:
+    """Return the sections of tiles: weights of the three matrices, then their scales."""
+    matrices = (mlp.gate, mlp.up, mlp.down)
+    return [*map(_tiled, matrices), *(part for matrix in matrices for part in _tiled_scales(matrix))]
+
+
+def _tiled(matrix: Matrix) -> NDArray[Any]:
+    rows = _rows(np.pad(matrix.values, ((0, -len(matrix.values) % TILE), (0, 0))))
+    return rows.reshape(-1, TILE, rows.shape[1] // WORD, WORD).transpose(0, 2, 1, 3)
+
+
+def _tiled_scales(matrix: Matrix) -> list[NDArray[Any]]:
+    parts = [part for part in (matrix.scale, matrix.zero) if part is not None]
+    padded = [np.pad(part, ((0, -len(part) % TILE), (0, 0))) for part in parts]
+    return [part.reshape(-1, TILE, part.shape[1]).transpose(0, 2, 1) for part in padded]
+
+
+def _read_records(take: _Sections, form: str, hidden: int, ffn: int, kept: int) -> list[Matrix]:
+    columns = -(-hidden // BLOCK) * BLOCK
+    width, groups, down_groups = _row_bytes(form, hidden), _groups(form, columns), _groups(form, ffn)
+    gate = _read_tiled(take, form, (ffn, hidden), (kept, hidden))
+    records = take(np.uint8, ffn, 2 * width + RECORD_PADDING)[:kept]
+    gate_scales = _read_tiled_scales(take, form, (ffn, hidden), (kept, hidden))
+    up_scales = [take(kind, ffn, groups)[:kept] for kind in (np.float16, np.int8)]
+    most = min(down_groups, -(-kept // BLOCK))
+    down_scales = [take(kind, down_groups, columns)[:most, :hidden].T for kind in (np.float16, np.int8)]
+    up, down = (_values(rows, form)[:, :hidden] for rows in (records[:, :width], records[:, width : 2 * width]))
+    parts: list[list[Any]] = [gate_scales, up_scales, down_scales] if groups else [[None, None]] * 3
+    return [Matrix(values, *pair) for values, pair in zip((gate, up, down.T), parts, strict=True)]
+
+
+def _read_tiles(take: _Sections, form: str, hidden: int, ffn: int, kept: int) -> list[Matrix]:
+    shapes = [(ffn, hidden), (ffn, hidden), (hidden, ffn)]
+    limits = [(kept, hidden), (kept, hidden), (hidden, kept)]
+    values = [_read_tiled(take, form, shape, limit) for shape, limit in zip(shapes, limits, strict=True)]
+    parts = [_read_tiled_scales(take, form, shape, limit) for shape, limit in zip(shapes, limits, strict=True)]
+    return [Matrix(one, *pair) for one, pair in zip(values, parts, strict=True)]
+
+
+def _read_tiled(take: _Sections, form: str, shape: tuple[int, int], limit: tuple[int, int]) -> NDArray[Any]:
+    """Return the first `limit` rows and columns of a matrix of `shape`."""
+    width = _row_bytes(form, shape[1])
+    words = take(np.uint8, -(-shape[0] // TILE), TILE * width).reshape(-1, width // WORD, TILE, WORD)
+    rows = words[: -(-limit[0] // TILE)].transpose(0, 2, 1, 3).reshape(-1, width)
+    return _values(rows, form)[: limit[0], : limit[1]]
+
+
+def _read_tiled_scales(take: _Sections, form: str, shape: tuple[int, int], limit: tuple[int, int]) -> list[Any]:
+    groups, most = _groups(form, shape[1]), _groups(form, -(-limit[1] // BLOCK) * BLOCK)
+    if groups == 0:
+        return [None, None]
+    pair = [take(kind, -(-shape[0] // TILE), groups * TILE) for kind in (np.float16, np.int8)]
+    rows = [part.reshape(-1, groups, TILE).transpose(0, 2, 1).reshape(-1, groups) for part in pair]
+    return [part[: limit[0], :most] for part in rows]
+
+
+def _row_bytes(form: str, columns: int) -> int:
+    return -(-columns // BLOCK) * {"i8": BLOCK, "u4": BLOCK // 2, "bf16": 2 * BLOCK}[form]
+
+
+def _groups(form: str, columns: int) -> int:
+    """Return how many scales a row has."""
+    return {"i8": 1, "u4": columns // BLOCK, "bf16": 0}[form]
 
 
 class _Sections:
@@ -141,9 +211,9 @@ class _Sections:
         return values
 
 
-def _header(mlp: GatedMlp, hidden: int, ffn: int, size: int) -> bytes:
+def _header(mlp: GatedMlp, hidden: int, ffn: int, layout: int, size: int) -> bytes:
     form, activation = FORMATS.index(mlp.gate.format), ACTIVATIONS.index(mlp.activation)
-    fields = HEADER.pack(MAGIC, VERSION, form, activation, hidden, ffn, 0, ALIGNMENT + size)
+    fields = HEADER.pack(MAGIC, VERSION, form, activation, hidden, ffn, layout, ALIGNMENT + size)
     return fields + struct.pack("<I", zlib.crc32(fields))
 
 

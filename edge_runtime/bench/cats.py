@@ -1,8 +1,9 @@
 """What the op CatsMlp brings on one gated MLP: time by rows and sparsity, beside OpenVINO's own kernels.
 
     openvino  the MLP in standard ops with the same quantised weights, in the fastest of several settings
-    dense     the op with no thresholds
-    cats      the op with thresholds that make a share of the activations dead (CATS, arXiv 2404.08763)
+    dense     the op with weights in tiles, which are read whole
+    cats      the op with weights in records, and thresholds that make a share of the activations dead (CATS, arXiv
+              2404.08763)
 
 Weights and inputs are random, so the tokens of one step are independent and share as few live neurons as chance gives:
 the worst case for several rows. All variants run in turn on fresh inputs, and each one's weights exceed the caches.
@@ -161,13 +162,14 @@ def _variants(weights: str, settings: CatsSettings) -> tuple[int, list[_Variant]
     from ov_kernels.mlp_blob import pack
 
     mlp = random_mlp(weights, settings.hidden, settings.ffn)
-    blob = _mapped(pack(mlp))
+    tiles, records = (_mapped(pack(mlp, layout)) for layout in ("tiles", "records"))
     made = [_Variant("openvino", 0.0, name, run) for name, run in _stock_runs(mlp, settings.hidden)]
-    made.append(_Variant("dense", 0.0, "", _fused_run(blob, settings.hidden, -1.0)))
+    made.append(_Variant("dense", 0.0, "", _fused_run(tiles, settings.hidden, -1.0)))
     sizes = _activation_sizes(mlp, settings.hidden)
     for share in settings.sparsity:
-        made.append(_Variant("cats", share, "", _fused_run(blob, settings.hidden, float(np.quantile(sizes, share)))))
-    return blob.nbytes, made
+        threshold = float(np.quantile(sizes, share)) if share else -1.0
+        made.append(_Variant("cats", share, "", _fused_run(records, settings.hidden, threshold)))
+    return tiles.nbytes, made
 
 
 def _mapped(blob: NDArray[np.uint8]) -> NDArray[np.uint8]:

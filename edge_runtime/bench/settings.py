@@ -57,7 +57,7 @@ class CatsSettings:
     ffn: int = 14336
     weights: tuple[str, ...] = MLP_WEIGHTS[:2]
     rows: tuple[int, ...] = (1, 2, 4, 5, 8, 256)
-    sparsity: tuple[float, ...] = (0.25, 0.5, 0.7, 0.9)
+    sparsity: tuple[float, ...] = (0.0, 0.25, 0.5, 0.7, 0.9)
     rounds: int = 15
 
     def __post_init__(self) -> None:
@@ -68,8 +68,8 @@ class CatsSettings:
             raise ConfigError(f"weights is {min(unknown)!r}, expected one of {', '.join(MLP_WEIGHTS)}")
         if not self.rows or min(self.rows) < 1 or self.rounds < 1:
             raise ConfigError(f"rows is {self.rows} and rounds {self.rounds}, expected numbers of at least 1")
-        if any(not 0 < share < 1 for share in self.sparsity):
-            raise ConfigError(f"sparsity is {self.sparsity}, expected shares between 0 and 1")
+        if any(not 0 <= share < 1 for share in self.sparsity):
+            raise ConfigError(f"sparsity is {self.sparsity}, expected shares of 0 and more and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

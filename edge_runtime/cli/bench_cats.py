@@ -14,8 +14,9 @@ from edge_runtime.cli import INTERRUPTED, console
 from edge_runtime.errors import ConfigError
 
 _LEGEND = """
-dead        share of activations that thresholds drop; openvino and dense have none
-of dense    the op's time without thresholds / this time; the same for openvino
+dense       the op with weights in tiles, which are read whole; cats: with weights that lie neuron by neuron
+dead        share of activations that thresholds drop
+of dense    dense's time / this time
 roofline    weights read / {:.1f} GB/s, a plain read of memory in this run; it bounds few rows
 (from-to)   10th to 90th percentile"""
 
@@ -135,7 +136,7 @@ def _print_tables(rows: list[dict[str, Any]]) -> None:
 def _cells(row: dict[str, Any], dense_ms: float) -> list[str]:
     return [
         row["impl"],
-        f"{row['sparsity']:.0%}" if row["sparsity"] else "",
+        f"{row['sparsity']:.0%}" if row["impl"] == "cats" else "",
         f"{row['ms']:.2f} ({row['ms_p10']:.2f}-{row['ms_p90']:.2f})",
         f"{dense_ms / row['ms']:.2f}",
         f"{row['roofline_ms'] / row['ms']:.0%}",

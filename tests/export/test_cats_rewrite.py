@@ -22,6 +22,7 @@ from edge_runtime.devices import core
 from edge_runtime.errors import ExportError
 from edge_runtime.fused_mlp import OP_TYPE, fused_mlps, lower
 from edge_runtime.manifest import MODEL_NAME
+from ov_kernels.mlp_blob import layout_of
 from tests.export.helpers import encode
 from tests.tiny_models import SENTENCES, make_hf_model
 
@@ -133,6 +134,7 @@ def test_dense_fused_graph_equals_the_stock_one(exported, family, options):
     wanted = logits_of(model.clone(), ids)
     assert fuse_mlps(model) == 2
     assert error_of(logits_of(model, ids), wanted) < ROUNDING
+    assert {layout_of(node.input_value(1).get_node().data) for node in fused_mlps(model)} == {"tiles"}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
@@ -147,6 +149,7 @@ def test_sparse_graph_equals_pytorch_with_the_same_neurons_dead(exported, family
         sparse = graph.clone()
         limits = find_thresholds(reference, [ids], MlpFormat(cats=0.5, cats_method=method))
         fuse_mlps(sparse, limits)
+        assert {layout_of(node.input_value(1).get_node().data) for node in fused_mlps(sparse)} == {"records"}
         for layer, threshold in zip(reference.model.layers, limits, strict=True):
             layer.mlp.forward = masked_mlp(layer.mlp, threshold)
         wanted = torch_logits(reference, ids)

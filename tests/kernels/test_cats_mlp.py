@@ -6,6 +6,7 @@ sums in `exact`, else 16-bit activations for one or two tokens and 8-bit ones fo
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from openvino import opset13
 from openvino.utils.node_factory import NodeFactory
 
 import ov_kernels
-from ov_kernels.mlp_blob import GatedMlp, Matrix, pack, unpack
+from ov_kernels.mlp_blob import LAYOUTS, GatedMlp, Matrix, pack, unpack
 
 pytestmark = pytest.mark.kernels
 
@@ -31,6 +32,12 @@ SHAPES = {
     "bf16": [(128, 256), (72, 50)],
 }
 DENSE, DEAD = -1.0, np.inf
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    """Each layout of weights in turn."""
+    return str(request.param)
 
 
 def make_matrix(form: str, rows: int, columns: int, random: np.random.Generator) -> Matrix:
@@ -112,86 +119,88 @@ def clear_threshold(mlp: GatedMlp, x: NDArray[np.float32], share: float) -> floa
 
 @pytest.mark.parametrize(("form", "shape"), [(form, shape) for form in SHAPES for shape in SHAPES[form]])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 9, 20])
-def test_exact_op_equals_dense_with_mask(isa: str, form: str, shape: tuple[int, int], rows: int) -> None:
+def test_exact_op_equals_dense_with_mask(isa: str, layout: str, form: str, shape: tuple[int, int], rows: int) -> None:
     mlp, x = make_mlp(form, *shape), tokens(rows, shape[0])
     for limit in (DENSE, clear_threshold(mlp, x, 0.5)):
-        got = compile_op(pack(mlp), shape[0], limit, exact=True)(x)
+        got = compile_op(pack(mlp, layout), shape[0], limit, exact=True)(x)
         assert error_of(got, expected(mlp, x, limit)) <= EXACT
 
 
 @pytest.mark.parametrize(("form", "shape"), [("i8", (128, 256)), ("i8", (200, 130)), ("u4", (384, 640))])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 40, 300])
-def test_quantised_activations_stay_within_their_bound(isa: str, form: str, shape: tuple[int, int], rows: int) -> None:
+def test_quantised_activations_stay_within_their_bound(
+    isa: str, layout: str, form: str, shape: tuple[int, int], rows: int
+) -> None:
     mlp, x = make_mlp(form, *shape), tokens(rows, shape[0])
-    got = compile_op(pack(mlp), shape[0])(x)
+    got = compile_op(pack(mlp, layout), shape[0])(x)
     assert rms_error_of(got, expected(mlp, x)) <= (DECODE if rows <= 2 else PREFILL)
 
 
 @pytest.mark.parametrize("form", SHAPES)
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
 @pytest.mark.parametrize("rows", [1, 5, 12])
-def test_dead_neurons_are_skipped(isa: str, form: str, share: float, rows: int) -> None:
+def test_dead_neurons_are_skipped(isa: str, layout: str, form: str, share: float, rows: int) -> None:
     """Thresholds far from every activation: in 8 bits a neuron near one falls on either side."""
     mlp, x = make_mlp(form, 256, 512), tokens(rows, 256)
     is_dead = np.random.default_rng(2).random(512) < share
     limits = np.where(is_dead, 100, DENSE).astype(np.float32)
-    got = compile_op(pack(mlp), 256, limits)(x)
+    got = compile_op(pack(mlp, layout), 256, limits)(x)
     assert rms_error_of(got, expected(mlp, x, limits)) <= (DECODE if rows <= 2 else PREFILL)
 
 
 @pytest.mark.parametrize("limit", [0.2, 0.2784, 0.2786, 0.35])
-def test_thresholds_on_both_sides_of_the_least_silu(isa: str, limit: float) -> None:
+def test_thresholds_on_both_sides_of_the_least_silu(isa: str, layout: str, limit: float) -> None:
     """SiLU is never below -0.2785: from there on the threshold is one-sided."""
     mlp, x = make_mlp("i8", 256, 512), 2 * tokens(4, 256)
-    got = compile_op(pack(mlp), 256, limit, exact=True)(x)
+    got = compile_op(pack(mlp, layout), 256, limit, exact=True)(x)
     assert error_of(got, expected(mlp, x, limit)) <= EXACT
 
 
 @pytest.mark.parametrize("form", SHAPES)
 @pytest.mark.parametrize("rows", [1, 3, 16])
-def test_all_dead_is_zero(isa: str, form: str, rows: int) -> None:
-    got = compile_op(pack(make_mlp(form, 128, 256)), 128, DEAD)(tokens(rows, 128))
+def test_all_dead_is_zero(isa: str, layout: str, form: str, rows: int) -> None:
+    got = compile_op(pack(make_mlp(form, 128, 256), layout), 128, DEAD)(tokens(rows, 128))
     assert not got.any()
 
 
 @pytest.mark.parametrize("form", SHAPES)
-def test_one_neuron_alive(isa: str, form: str) -> None:
+def test_one_neuron_alive(isa: str, layout: str, form: str) -> None:
     mlp, x = make_mlp(form, 128, 256), tokens(1, 128)
     limits = np.full(256, DEAD)
     limits[171] = -1
-    got = compile_op(pack(mlp), 128, limits, exact=True)(x)
+    got = compile_op(pack(mlp, layout), 128, limits, exact=True)(x)
     assert np.abs(got).max() > 0
     assert error_of(got, expected(mlp, x, limits)) <= EXACT
 
 
 @pytest.mark.parametrize("form", SHAPES)
-def test_each_neuron_has_its_own_threshold(isa: str, form: str) -> None:
+def test_each_neuron_has_its_own_threshold(isa: str, layout: str, form: str) -> None:
     mlp, x = make_mlp(form, 128, 384), tokens(2, 128)
     a = np.abs(activated(x.astype(np.float64) @ mlp.gate.floats().T, "silu"))
     limits = np.where(np.arange(384) % 3 == 0, a.max(0) * 1.01, a.min(0) * 0.99).astype(np.float32)
-    got = compile_op(pack(mlp), 128, limits, exact=True)(x)
+    got = compile_op(pack(mlp, layout), 128, limits, exact=True)(x)
     assert error_of(got, expected(mlp, x, limits)) <= EXACT
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu_erf"])
 @pytest.mark.parametrize("size", [0.1, 3.0, 100.0])
-def test_activations(isa: str, activation: str, size: float) -> None:
+def test_activations(isa: str, layout: str, activation: str, size: float) -> None:
     mlp = make_mlp("bf16", 64, 96, activation=activation)
     x = np.float32(size) * tokens(3, 64)
     with np.errstate(over="ignore"):
         wanted = expected(mlp, x)
-    assert error_of(compile_op(pack(mlp), 64)(x), wanted) <= EXACT
+    assert error_of(compile_op(pack(mlp, layout), 64)(x), wanted) <= EXACT
 
 
 @pytest.mark.parametrize("form", SHAPES)
 @pytest.mark.parametrize("rows", [1, 3, 12])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("exact", [True, False])
-def test_a_nan_reaches_its_own_row_only(isa: str, form: str, rows: int, bad: float, exact: bool) -> None:
+def test_a_nan_reaches_its_own_row_only(isa: str, layout: str, form: str, rows: int, bad: float, exact: bool) -> None:
     """It wakes all neurons. Where those share scales, the clean step must wake all too for the same bits."""
     shares_scales = rows == 3 and not exact and form != "bf16"
     mlp, x = make_mlp(form, 128, 256), tokens(rows, 128)
-    op = compile_op(pack(mlp), 128, 0.0 if shares_scales else 0.05, exact=exact)
+    op = compile_op(pack(mlp, layout), 128, 0.0 if shares_scales else 0.05, exact=exact)
     clean = op(x)
     x[rows // 2, 77] = bad
     got = op(x)
@@ -201,23 +210,23 @@ def test_a_nan_reaches_its_own_row_only(isa: str, form: str, rows: int, bad: flo
 
 
 @pytest.mark.parametrize("form", ["i8", "u4"])
-def test_what_a_token_wakes_costs_another_no_more_than_rounding(isa: str, form: str) -> None:
+def test_what_a_token_wakes_costs_another_no_more_than_rounding(isa: str, layout: str, form: str) -> None:
     mlp, x = make_mlp(form, 128, 256), tokens(3, 128)
-    op = compile_op(pack(mlp), 128, 0.05)
+    op = compile_op(pack(mlp, layout), 128, 0.05)
     clean = op(x)
     x[1, 77] = np.nan
     assert rms_error_of(op(x)[[0, 2]], clean[[0, 2]].astype(np.float64)) <= PREFILL
 
 
-def test_no_tokens(isa: str) -> None:
-    assert compile_op(pack(make_mlp("i8", 128, 256)), 128)(tokens(0, 128)).shape == (0, 128)
+def test_no_tokens(isa: str, layout: str) -> None:
+    assert compile_op(pack(make_mlp("i8", 128, 256), layout), 128)(tokens(0, 128)).shape == (0, 128)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("form", SHAPES)
-def test_result_does_not_depend_on_threads(isa: str, form: str, rows: int) -> None:
+def test_result_does_not_depend_on_threads(isa: str, layout: str, form: str, rows: int) -> None:
     mlp, x = make_mlp(form, 256, 2048), tokens(rows, 256)
-    blob, limit = pack(mlp), clear_threshold(mlp, x, 0.5)
+    blob, limit = pack(mlp, layout), clear_threshold(mlp, x, 0.5)
     first, *others = [compile_op(blob, 256, limit, threads=threads)(x) for threads in (1, 2, 2)]
     for other in others:
         np.testing.assert_array_equal(first, other)
@@ -225,24 +234,42 @@ def test_result_does_not_depend_on_threads(isa: str, form: str, rows: int) -> No
 
 @pytest.mark.parametrize("form", SHAPES)
 @pytest.mark.parametrize("rows", [2, 5, 8])
-def test_exact_rows_do_not_depend_on_their_neighbours(isa: str, form: str, rows: int) -> None:
+def test_exact_rows_do_not_depend_on_their_neighbours(isa: str, layout: str, form: str, rows: int) -> None:
     """Greedy text with a draft equals greedy text without one only if a row of a block is what it is alone."""
     mlp, x = make_mlp(form, 256, 1024), tokens(rows, 256)
-    run = compile_op(pack(mlp), 256, clear_threshold(mlp, x, 0.5), exact=True)
+    run = compile_op(pack(mlp, layout), 256, clear_threshold(mlp, x, 0.5), exact=True)
     np.testing.assert_array_equal(run(x), np.concatenate([run(row[None]) for row in x]))
 
 
 @pytest.mark.parametrize("form", SHAPES)
+@pytest.mark.parametrize("rows", [2, 3, 8, 11])
+def test_rows_of_tiles_do_not_depend_on_their_neighbours(isa: str, form: str, rows: int) -> None:
+    mlp, x = make_mlp(form, 256, 1024), tokens(rows, 256)
+    run = compile_op(pack(mlp, "tiles"), 256)
+    other = tokens(rows, 256, seed=2)
+    other[rows - 1] = x[0]
+    np.testing.assert_array_equal(run(other)[rows - 1], run(x)[0])
+
+
+@pytest.mark.parametrize("form", SHAPES)
 @pytest.mark.parametrize("shape", [(128, 256), (72, 50)])
-def test_packing_keeps_every_value(form: str, shape: tuple[int, int]) -> None:
+def test_packing_keeps_every_value(layout: str, form: str, shape: tuple[int, int]) -> None:
     if form == "u4" and shape[0] % 128:
         pytest.skip("4 bits come in groups of 128")
     mlp = make_mlp(form, *shape, activation="gelu_erf")
-    back = unpack(pack(mlp))
+    back = unpack(pack(mlp, layout))
     assert back.activation == "gelu_erf"
     for one, other in zip((mlp.gate, mlp.up, mlp.down), (back.gate, back.up, back.down), strict=True):
         np.testing.assert_array_equal(one.values, other.values)
         np.testing.assert_array_equal(one.floats(), other.floats())
+
+
+def with_field(blob: NDArray[np.uint8], offset: int, value: int) -> NDArray[np.uint8]:
+    """Return the blob with another word in its header, and the checksum that goes with it."""
+    spoilt = blob.copy()
+    spoilt[offset : offset + 4] = np.frombuffer(np.uint32(value).tobytes(), np.uint8)
+    spoilt[60:64] = np.frombuffer(np.uint32(zlib.crc32(spoilt[:60])).tobytes(), np.uint8)
+    return spoilt
 
 
 @pytest.mark.parametrize(
@@ -251,6 +278,9 @@ def test_packing_keeps_every_value(form: str, shape: tuple[int, int]) -> None:
         (lambda blob: blob[:40], "shorter than a header"),
         (lambda blob: np.concatenate([np.frombuffer(b"SOMETHIN", np.uint8), blob[8:]]), "do not begin with EDGE-MLP"),
         (lambda blob: np.concatenate([blob[:20], blob[20:21] + 1, blob[21:]]), "header is damaged"),
+        (lambda blob: with_field(blob, 8, 1), "another version than 2"),
+        (lambda blob: with_field(blob, 28, 2), "format, activation or layout is unknown"),
+        (lambda blob: with_field(blob, 28, 1), "another size than their shape needs"),
         (lambda blob: blob[:-64], "another size"),
         (lambda blob: np.concatenate([blob, blob[:64]]), "another size"),
     ],

@@ -23,7 +23,7 @@ from edge_runtime.errors import ConfigError, ExtensionError
 from edge_runtime.fused_mlp import fused_mlps, lower
 from edge_runtime.manifest import MODEL_NAME, MlpFacts, load_manifest
 from edge_runtime.paged_model import read_model
-from ov_kernels.mlp_blob import GatedMlp, Matrix, pack
+from ov_kernels.mlp_blob import LAYOUTS, GatedMlp, Matrix, layout_of, pack, unpack
 from tests.kernels.test_cats_mlp import compile_op, error_of, make_mlp, tokens
 from tests.runtime.npuw import KEYS_IN_F16
 from tests.tiny_models import make_hf_model
@@ -133,10 +133,11 @@ def lowered(blob: Any, threshold: float) -> openvino.Model:
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu_erf"])
 @pytest.mark.parametrize("threshold", [-1.0, 0.1])
 @pytest.mark.parametrize("change", [lambda mlp: mlp, symmetric], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_lowering_keeps_weights_activation_and_threshold(
-    form: str, activation: str, threshold: float, change: Callable[[GatedMlp], GatedMlp]
+    form: str, activation: str, threshold: float, change: Callable[[GatedMlp], GatedMlp], layout: str
 ) -> None:
-    blob, x = pack(change(make_mlp(form, 128, NEURONS, activation=activation))), tokens(5, 128)
+    blob, x = pack(change(make_mlp(form, 128, NEURONS, activation=activation)), layout), tokens(5, 128)
     exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     got = core().compile_model(lowered(blob, threshold), "CPU", exact)([x])[0]
     assert error_of(got, compile_op(blob, 128, threshold, exact=True)(x).astype(np.float64)) <= ROUNDING
@@ -243,6 +244,24 @@ def test_the_trial_is_bounded(
     with caplog.at_level(logging.INFO):
         EdgeLLM.load(models[f"sparse {weights}"])
     assert "1 and 4 tokens take 128 neurons of a layer" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("form", ["i8", "u4", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_trial_reads_weights_as_the_model_does(monkeypatch: pytest.MonkeyPatch, form: str, layout: str) -> None:
+    """Records are read slower than tiles: a trial of the other layout would decide for the wrong op."""
+    mlp = make_mlp(form, 128, 2 * NEURONS)
+    x, limits = opset13.parameter([-1, 128], np.float32), opset13.constant(np.zeros(1, np.float32))
+    node = ov_kernels.create(
+        "CatsMlp", [x.output(0), opset13.constant(pack(mlp, layout)).output(0), limits.output(0)], {}
+    )
+    monkeypatch.setattr(fused_mlp, "TRIAL_BYTES", 1)
+    sample, _ = fused_mlp._first_neurons(node)
+    np.testing.assert_array_equal(sample.down.floats(), mlp.down.floats()[:, :128])
+    (tried,) = fused_mlps(fused_mlp._fused_alone(node, sample))
+    blob = tried.input_value(1).get_node().data
+    assert layout_of(blob) == layout
+    np.testing.assert_array_equal(unpack(blob).up.floats(), mlp.up.floats()[:128])
 
 
 @pytest.mark.parametrize(("megabytes", "fills"), [([1] * 4, False), ([20] * 5, True), ([100, 20], True)])

@@ -63,7 +63,8 @@ def fuse_mlps(model: ov.Model, thresholds: Thresholds | None = None) -> int:
     for down, limits in zip(downs, thresholds or [DENSE] * len(downs), strict=True):
         x, mlp = _read_mlp(down)
         _check_thresholds(down, mlp, limits)
-        constants = (opset13.constant(pack(mlp)), opset13.constant(limits.astype(np.float32)))
+        blob = pack(mlp, "records" if thresholds else "tiles")
+        constants = (opset13.constant(blob), opset13.constant(limits.astype(np.float32)))
         op = factory.create(OP_TYPE, [x, *(constant.output(0) for constant in constants)], {"exact": False})
         op.set_friendly_name(_module_name(down).rpartition(".")[0] or OP_TYPE)
         down.output(0).replace(op.output(0))

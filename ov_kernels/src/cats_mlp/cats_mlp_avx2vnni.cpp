@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "cats_mlp/cats_mlp.hpp"
 
@@ -22,7 +23,7 @@ namespace {
 
 }  // namespace
 
-const Kernels kernels_avx2vnni = {"avx2vnni", 2, prepare, decode, finish, prefill_hidden, prefill_output};
+const Kernels kernels_avx2vnni = {"avx2vnni", prepare, decode, finish, prepare_blocks, compute_hidden, compute_output};
 
 }  // namespace cats_mlp
 }  // namespace edge

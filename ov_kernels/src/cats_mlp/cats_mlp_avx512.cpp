@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "cats_mlp/cats_mlp.hpp"
 
@@ -15,6 +16,7 @@ namespace {
 
 constexpr std::size_t down_tokens = 5;
 constexpr int tile_vectors = 4;
+constexpr int tile_sums = 12;
 
 constexpr std::size_t sums_stride_of(std::size_t columns) { return columns + 16; }
 
@@ -22,7 +24,7 @@ constexpr std::size_t sums_stride_of(std::size_t columns) { return columns + 16;
 
 }  // namespace
 
-const Kernels kernels_avx512 = {"avx512", 2, prepare, decode, finish, prefill_hidden, prefill_output};
+const Kernels kernels_avx512 = {"avx512", prepare, decode, finish, prepare_blocks, compute_hidden, compute_output};
 
 }  // namespace cats_mlp
 }  // namespace edge

@@ -38,60 +38,73 @@ std::vector<std::size_t> ranges_of(std::size_t ffn) {
 
 std::atomic<std::uint64_t> bytes_read{0};
 
-// Up to 8 tokens.
-void decode_rows(const Kernels& k, const Weights& w, const Thresholds& thresholds, const float* x, std::size_t rows,
-                 bool exact, float* y) {
-    const std::vector<std::size_t> bounds = ranges_of(w.ffn);
-    const std::size_t blocks = w.columns / block, ranges = bounds.size() - 1;
-    const std::size_t stride = rows * sums_stride(w), threads = num_threads();
-    const std::size_t part = Scratch::floats_of<float>(decode_scratch(w, rows, bounds[1]));
-    Scratch scratch(Scratch::floats_of<float>(rows * w.columns) + 2 * Scratch::floats_of<float>(rows * blocks) + 16 +
-                    threads * part + ranges * stride);
-    const int bits = exact ? 32 : rows <= k.max_rows_of_16_bits ? 16 : 8;
+std::size_t bytes_of_blocks(std::size_t rows, std::size_t blocks, int digits) {
+    return rows * blocks * block * static_cast<std::size_t>(digits == 0 ? 4 : digits);
+}
+
+std::size_t floats_of_blocks(std::size_t rows, std::size_t blocks, int digits) {
+    return Scratch::floats_of<std::uint8_t>(bytes_of_blocks(rows, blocks, digits)) +
+           3 * Scratch::floats_of<float>(rows * blocks);
+}
+
+// Tokens as blocks of 128 columns.
+Tokens take_blocks(Scratch& scratch, std::size_t rows, std::size_t blocks, int digits) {
     Tokens tokens{};
     tokens.rows = rows;
-    tokens.values = scratch.take<float>(rows * w.columns);
+    tokens.values = scratch.take<std::uint8_t>(bytes_of_blocks(rows, blocks, digits));
     tokens.scale = scratch.take<float>(rows * blocks);
+    tokens.offset = scratch.take<std::int32_t>(rows * blocks);
     tokens.sum = scratch.take<float>(rows * blocks);
+    return tokens;
+}
+
+// Skips weights of dead neurons, for up to 8 tokens.
+void decode_rows(const Kernels& k, const Weights& w, const Thresholds& thresholds, const float* x, std::size_t rows,
+                 int digits, float* y) {
+    const std::vector<std::size_t> bounds = ranges_of(w.ffn);
+    const std::size_t ranges = bounds.size() - 1;
+    const std::size_t stride = rows * sums_stride(w), threads = num_threads();
+    const std::size_t part = Scratch::floats_of<float>(decode_scratch(w, rows, bounds[1]));
+    Scratch scratch(Scratch::floats_of<std::uint8_t>(rows * token_bytes(w)) +
+                    3 * Scratch::floats_of<float>(rows * token_lanes(w)) + 16 +
+                    floats_of_blocks(rows, w.columns / block, digits) + threads * part + ranges * stride);
+    Tokens tokens{};
+    tokens.rows = rows;
+    tokens.values = scratch.take<std::uint8_t>(rows * token_bytes(w));
+    tokens.scale = scratch.take<float>(rows * token_lanes(w));
+    tokens.offset = scratch.take<std::int32_t>(rows * token_lanes(w));
+    tokens.sum = scratch.take<float>(rows * token_lanes(w));
     tokens.total = scratch.take<float>(rows);
+    Tokens blocks = take_blocks(scratch, rows, w.columns / block, digits);
     float* own = scratch.take<float>(threads * part);
     float* sums = scratch.take<float>(ranges * stride);
-    k.prepare(w, x, bits, tokens);
+    k.prepare(w, x, digits, tokens);
+    k.prepare_blocks(w, x, digits, blocks);
     share_out(ranges, threads, [&](std::size_t range, std::size_t thread) {
         std::fill_n(sums + range * stride, stride, 0.0f);
-        bytes_read += k.decode(w, thresholds, tokens, bits, bounds[range], bounds[range + 1], sums + range * stride,
-                               own + thread * part);
+        bytes_read += k.decode(w, thresholds, tokens, blocks, digits, bounds[range], bounds[range + 1],
+                               sums + range * stride, own + thread * part);
     });
     share_out(ceil_div(w.hidden, 1024), threads, [&](std::size_t task, std::size_t) {
         k.finish(w, sums, ranges, rows, task * 1024, std::min(w.hidden, task * 1024 + 1024), y);
     });
 }
 
-// More than 8 tokens, at most max_prefill_rows.
-void prefill_rows(const Kernels& k, const Weights& w, const Thresholds& thresholds, const float* x, std::size_t rows,
-                  float* y) {
+// Reads all weights: for any tokens if they are in tiles, else for more than 8.
+void run_blocks(const Kernels& k, const Weights& w, const Thresholds& thresholds, const float* x, std::size_t rows,
+                int digits, float* y) {
     const std::size_t chunks = ceil_div(w.ffn, block), blocks = w.columns / block;
-    const std::size_t threads = num_threads(), part = Scratch::floats_of<float>(prefill_scratch(rows));
-    Scratch scratch(Scratch::floats_of<std::int8_t>(rows * w.columns) + 2 * Scratch::floats_of<float>(rows * blocks) +
-                    Scratch::floats_of<float>(rows) + Scratch::floats_of<std::int8_t>(rows * chunks * block) +
-                    2 * Scratch::floats_of<float>(rows * chunks) + threads * part);
-    Tokens tokens{};
-    tokens.rows = rows;
-    tokens.values = scratch.take<std::int8_t>(rows * w.columns);
-    tokens.scale = scratch.take<float>(rows * blocks);
-    tokens.sum = scratch.take<float>(rows * blocks);
-    tokens.total = scratch.take<float>(rows);
-    Hidden hidden{};
-    hidden.q = scratch.take<std::int8_t>(rows * chunks * block);
-    hidden.scale = scratch.take<float>(rows * chunks);
-    hidden.sum = scratch.take<float>(rows * chunks);
+    const std::size_t step = rows <= max_decode_rows ? tile_rows : block;
+    const std::size_t threads = num_threads(), part = Scratch::floats_of<float>(block_scratch(rows));
+    Scratch scratch(floats_of_blocks(rows, blocks, digits) + floats_of_blocks(rows, chunks, digits) + threads * part);
+    Tokens tokens = take_blocks(scratch, rows, blocks, digits), hidden = take_blocks(scratch, rows, chunks, digits);
     float* own = scratch.take<float>(threads * part);
-    k.prepare(w, x, 8, tokens);
+    k.prepare_blocks(w, x, digits, tokens);
     share_out(chunks, threads, [&](std::size_t chunk, std::size_t thread) {
-        k.prefill_hidden(w, thresholds, tokens, chunk * block, hidden, own + thread * part);
+        k.hidden(w, thresholds, tokens, digits, chunk * block, hidden, own + thread * part);
     });
-    share_out(blocks, threads, [&](std::size_t column, std::size_t thread) {
-        k.prefill_output(w, hidden, rows, column * block, y, own + thread * part);
+    share_out(ceil_div(w.hidden, step), threads, [&](std::size_t task, std::size_t thread) {
+        k.output(w, hidden, digits, task * step, task * step + step, y, own + thread * part);
     });
 }
 
@@ -111,12 +124,13 @@ void run(const Weights& w, const Thresholds& thresholds, const float* x, std::si
     }
     exact = exact || w.format == Format::bf16;
     while (rows > 0) {
-        const bool is_prefill = rows > max_decode_rows && !exact;
-        const std::size_t count = std::min(rows, is_prefill ? max_prefill_rows : max_decode_rows);
-        if (is_prefill) {
-            prefill_rows(*k, w, thresholds, x, count, y);
+        const bool is_few = exact || rows <= max_decode_rows;
+        const std::size_t count = std::min(rows, is_few ? max_decode_rows : max_prefill_rows);
+        const int digits = exact ? 0 : count <= max_rows_of_two_digits ? 2 : 1;
+        if (is_few && !w.is_tiled) {
+            decode_rows(*k, w, thresholds, x, count, digits, y);
         } else {
-            decode_rows(*k, w, thresholds, x, count, exact, y);
+            run_blocks(*k, w, thresholds, x, count, digits, y);
         }
         x += count * w.hidden;
         y += count * w.hidden;

@@ -33,39 +33,62 @@ float from_f16(std::uint16_t half) {
     return from_bits(sign | ((exponent == 31 ? 255u : exponent + 112u) << 23) | (fraction << 13));
 }
 
-float stored(Format format, const std::uint8_t* row, std::size_t column) {
+// Weight q of a row, stored in words of 4 bytes that lie `stride` bytes apart.
+float stored(Format format, const std::uint8_t* row, std::size_t stride, std::size_t column) {
+    const auto byte_at = [&](std::size_t i) { return row[i / 4 * stride + i % 4]; };
     if (format == Format::i8) {
-        return static_cast<float>(static_cast<std::int8_t>(row[column]));
+        return static_cast<float>(static_cast<std::int8_t>(byte_at(column)));
     }
     if (format == Format::bf16) {
-        return from_bits(static_cast<std::uint32_t>(at(reinterpret_cast<const std::uint16_t*>(row), column)) << 16);
+        const std::uint32_t bits = byte_at(2 * column) | static_cast<std::uint32_t>(byte_at(2 * column + 1)) << 8;
+        return from_bits(bits << 16);
     }
-    const std::uint8_t pair = row[column / block * 64 + column % 64];
+    const std::uint8_t pair = byte_at(column / block * 64 + column % 64);
     return static_cast<float>(column % block < 64 ? pair & 15 : pair >> 4);
 }
 
-float weight(Format format, const Matrix& matrix, std::size_t row, std::size_t column) {
-    const float q = stored(format, matrix.rows + row * matrix.stride, column);
-    if (format == Format::bf16) {
-        return q;
-    }
-    const std::size_t entry = row * matrix.groups + (format == Format::u4 ? column / block : 0);
-    return from_f16(at(matrix.scale, entry)) * (q - matrix.zero[entry]);
+float scaled(float q, const std::uint16_t* scale, const std::int8_t* zero, std::size_t entry) {
+    return from_f16(at(scale, entry)) * (q - static_cast<float>(zero[entry]));
+}
+
+float row_weight(const Weights& w, std::size_t row, std::size_t column) {
+    const Matrix& matrix = w.up;
+    const std::size_t entry = row * matrix.groups + (w.format == Format::u4 ? column / block : 0);
+    const float q = stored(w.format, matrix.rows + row * matrix.stride, 4, column);
+    return w.format == Format::bf16 ? q : scaled(q, matrix.scale, matrix.zero, entry);
+}
+
+float tile_weight(const Weights& w, const Tiles& tiles, std::size_t row, std::size_t column) {
+    const std::size_t row_bytes = tiles.blocks * (w.row_bytes / (w.columns / block)), lane = row % tile_rows;
+    const std::uint8_t* first = tiles.bytes + row / tile_rows * tile_rows * row_bytes + 4 * lane;
+    const std::size_t group = row / tile_rows * tiles.groups + (w.format == Format::u4 ? column / block : 0);
+    const float q = stored(w.format, first, 4 * tile_rows, column);
+    return w.format == Format::bf16 ? q : scaled(q, tiles.scale, tiles.zero, group * tile_rows + lane);
+}
+
+float gate_weight(const Weights& w, std::size_t neuron, std::size_t column) {
+    return tile_weight(w, w.gate_tiles, neuron, column);
+}
+
+float up_weight(const Weights& w, std::size_t neuron, std::size_t column) {
+    return w.is_tiled ? tile_weight(w, w.up_tiles, neuron, column) : row_weight(w, neuron, column);
 }
 
 float down_weight(const Weights& w, std::size_t neuron, std::size_t column) {
-    const float q = stored(w.format, w.down + neuron * w.up.stride, column);
-    if (w.format == Format::bf16) {
-        return q;
+    if (w.is_tiled) {
+        return tile_weight(w, w.down_tiles, column, neuron);
     }
+    const float q = stored(w.format, w.down + neuron * w.up.stride, 4, column);
     const std::size_t entry = (w.format == Format::u4 ? neuron / block : 0) * w.columns + column;
-    return from_f16(at(w.down_scale, entry)) * (q - w.down_zero[entry]);
+    return w.format == Format::bf16 ? q : scaled(q, w.down_scale, w.down_zero, entry);
 }
 
-double dot(const Weights& w, const Matrix& matrix, std::size_t row, const float* x) {
+using Weight = float (*)(const Weights&, std::size_t, std::size_t);
+
+double dot(const Weights& w, Weight weight, std::size_t row, const float* x) {
     double sum = 0;
     for (std::size_t i = 0; i < w.hidden; ++i) {
-        sum += static_cast<double>(weight(w.format, matrix, row, i)) * x[i];
+        sum += static_cast<double>(weight(w, row, i)) * x[i];
     }
     return sum;
 }
@@ -86,9 +109,9 @@ void reference(const Weights& w, const Thresholds& thresholds, const float* x, s
                float* hidden) {
     for (std::size_t row = 0; row < rows; ++row, x += w.hidden, y += w.hidden) {
         for (std::size_t j = 0; j < w.ffn; ++j) {
-            const float g = static_cast<float>(activate(w.activation, dot(w, w.gate, j, x)));
+            const float g = static_cast<float>(activate(w.activation, dot(w, gate_weight, j, x)));
             const bool is_dead = std::fabs(g) <= at(thresholds.values, thresholds.count == 1 ? 0 : j);
-            hidden[j] = is_dead ? 0.0f : static_cast<float>(g * dot(w, w.up, j, x));
+            hidden[j] = is_dead ? 0.0f : static_cast<float>(g * dot(w, up_weight, j, x));
         }
         for (std::size_t i = 0; i < w.hidden; ++i) {
             double sum = 0;

@@ -1,8 +1,8 @@
 // Bytes of 4 rows, `count` of each (a multiple of 16), to [count][4], with SSE2, which every unit has. Of packed 4-bit
-// rows the half is taken that `shift` (0 or 4) selects; signed bytes become unsigned.
+// rows the half is taken that `shift` (0 or 4) selects; others become what i_dot8 takes.
 inline void interleave(const std::uint8_t* const* rows, std::size_t count, bool is_packed, int shift,
                        std::uint8_t* to) {
-    const __m128i low = _mm_set1_epi8(15), sign = _mm_set1_epi8(static_cast<char>(0x80));
+    const __m128i low = _mm_set1_epi8(15), sign = _mm_set1_epi8(static_cast<char>(byte_shift));
     for (std::size_t c = 0; c < count; c += 16, to += 64) {
         __m128i x[4];
         for (int i = 0; i < 4; ++i) {

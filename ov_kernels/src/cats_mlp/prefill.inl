@@ -1,6 +1,6 @@
-// Prefill over the same vector operations: two 8-bit matrix products, blocked by 128 along the summed axis.
+// Products with more than 8 tokens of one digit, blocked by 128 along the summed axis.
 //
-// A tile of `width` output columns is packed for one block at a time, [32 fours][width][4] bytes, which fits L1; all
+// Weights of `width` output columns are packed for one block at a time, [32 fours][width][4] bytes, which fits L1; all
 // tokens then pass over it, 6 at a time, and add to f32 sums. Weights are read once for up to 256 tokens. With 6 tokens
 // and 4 vectors a step of 24 multiply-adds loads 4 vectors and 6 words.
 
@@ -8,24 +8,15 @@ constexpr std::size_t width = tile_vectors * lanes;
 constexpr std::size_t fours = block / 4;
 constexpr std::size_t prefill_tokens = 6;
 
-// One block of a tile: bytes, and for each of its columns scale and zero as floats.
+// A packed block: bytes as i_dot8 takes them, and for each of its columns scale and zero as floats.
 struct Packed {
     std::uint8_t bytes[block * width];
     float scale[width];
     float zero[width];
 };
 
-// The 8-bit left operand, [blocks][rows][128], with scale and sum for each 128: a pass reads it in order.
-struct Left {
-    const std::int8_t* q;
-    const float* scale;
-    const float* sum;
-    std::size_t blocks;
-    std::size_t rows;
-};
-
 template <class W>
-inline void unpack(const std::uint8_t* from, std::uint8_t* to) {  // one block of a row as 128 unsigned bytes
+inline void unpack(const std::uint8_t* from, std::uint8_t* to) {  // one block of a row, as i_dot8 takes its bytes
     if (W::is_grouped) {
         for (std::size_t c = 0; c < half; ++c) {
             to[c] = from[c] & 15;
@@ -33,7 +24,7 @@ inline void unpack(const std::uint8_t* from, std::uint8_t* to) {  // one block o
         }
     } else {
         for (std::size_t c = 0; c < block; ++c) {
-            to[c] = from[c] ^ 0x80;
+            to[c] = from[c] ^ static_cast<std::uint8_t>(W::shift);
         }
     }
 }
@@ -48,7 +39,7 @@ void pack_rows(const Matrix& a, std::size_t first, std::size_t last, std::size_t
         EDGE_PREFETCH_BLOCK(W, a.rows + row * a.stride, b + 1)
         const std::size_t entry = row * a.groups + (W::is_grouped ? b : 0);
         packed.scale[n] = f_one_f16(a.scale + entry);
-        packed.zero[n] = static_cast<float>(a.zero[entry]) + W::shift;
+        packed.zero[n] = static_cast<float>(a.zero[entry]);
     }
     for (std::size_t n = 0; n < width; n += lanes) {
         for (std::size_t c = 0; c < block; c += 4 * lanes) {
@@ -76,26 +67,43 @@ void pack_down(const Weights& w, std::size_t first, std::size_t begin, Packed& p
     const std::size_t entry = (W::is_grouped ? first / block : 0) * w.columns + begin;
     for (std::size_t n = 0; n < width; n += lanes) {
         f_store(packed.scale + n, f_from_f16(w.down_scale + entry + n, lanes));
-        f_store(packed.zero + n, f_add(f_from_i8(w.down_zero + entry + n, lanes), f_set(W::shift)));
+        f_store(packed.zero + n, f_from_i8(w.down_zero + entry + n, lanes));
+    }
+}
+
+// Block b of a tile's rows and of those after it, as many as make `width`; tiles from `last` on repeat the one before.
+template <class W>
+void pack_tiles(const Tiles& a, std::size_t first, std::size_t last, std::size_t b, Packed& packed) {
+    for (std::size_t t = 0; t < width / tile_rows; ++t) {
+        const std::size_t tile = first + t < last ? first + t : last - 1;
+        const std::uint8_t* p = a.bytes + (tile * a.blocks + b) * W::tile_bytes;
+        for (std::size_t part = 0; part < tile_parts; ++part) {
+            const std::size_t n = t * tile_rows + part * lanes;
+            W::each_word(p + part * bytes_in,
+                         [&](auto k, I words) { i_store(packed.bytes + (k * width + n) * 4, words); });
+            f_store(packed.scale + n, tile_scale(a, tile, W::is_grouped ? b : 0, part));
+            f_store(packed.zero + n, tile_zero(a, tile, W::is_grouped ? b : 0, part));
+        }
     }
 }
 
 // Adds the products of M tokens with one block to sums[m][n]: scale[n] * (left . packed - zero[n] * sum of left) with
 // scales for each block; without, left . packed alone, and finish_rows does the rest once.
-template <bool is_grouped, int M>
-void multiply(const Left& left, std::size_t m0, std::size_t b, const Packed& packed, float* sums, std::size_t stride) {
+template <class W, int M>
+EDGE_FLATTEN void multiply(const Tokens& left, std::size_t m0, std::size_t b, const Packed& packed, float* sums,
+                           std::size_t stride) {
     I integers[M][tile_vectors];
-    const std::int8_t* q[M];
+    const std::int8_t* q = static_cast<const std::int8_t*>(left.values) + (b * left.rows + m0) * block;
     unroll<M>([&](auto m) {
-        q[m] = left.q + (b * left.rows + m0 + m) * block;
-        unroll<tile_vectors>([&](auto v) { integers[m][v] = i_zero(); });
+        const I offset = W::shift ? i_set(left.offset[b * left.rows + m0 + m]) : i_zero();
+        unroll<tile_vectors>([&](auto v) { integers[m][v] = offset; });
     });
     for (std::size_t k = 0; k < fours; ++k) {
         I bytes[tile_vectors];
         unroll<tile_vectors>([&](auto v) { bytes[v] = i_load(packed.bytes + (k * width + v * lanes) * 4); });
         unroll<M>([&](auto m) {
-            const I word = i_set_word(q[m] + 4 * k);
-            unroll<tile_vectors>([&](auto v) { integers[m][v] = i_dot8(integers[m][v], bytes[v], word); });
+            const I word = i_set_word(q + m * block + 4 * k);
+            unroll<tile_vectors>([&](auto v) { integers[m][v] = W::dot(integers[m][v], bytes[v], word); });
         });
     }
     unroll<M>([&](auto m) {
@@ -104,7 +112,7 @@ void multiply(const Left& left, std::size_t m0, std::size_t b, const Packed& pac
         unroll<tile_vectors>([&](auto v) {
             float* to = sums + (m0 + m) * stride + v * lanes;
             F product = f_from_i32(integers[m][v]);
-            if (is_grouped) {
+            if (W::is_grouped) {
                 product = f_fma(product, scale, f_mul(f_load(packed.zero + v * lanes), sum));
                 f_store(to, f_fma(product, f_load(packed.scale + v * lanes), f_load(to)));
             } else {
@@ -114,11 +122,11 @@ void multiply(const Left& left, std::size_t m0, std::size_t b, const Packed& pac
     });
 }
 
-template <bool is_grouped>
-void multiply_all(const Left& left, std::size_t b, const Packed& packed, float* sums, std::size_t stride) {
-    using Multiply = void (*)(const Left&, std::size_t, std::size_t, const Packed&, float*, std::size_t);
-    static constexpr Multiply by_tokens[] = {multiply<is_grouped, 1>, multiply<is_grouped, 2>, multiply<is_grouped, 3>,
-                                             multiply<is_grouped, 4>, multiply<is_grouped, 5>, multiply<is_grouped, 6>};
+template <class W>
+void multiply_all(const Tokens& left, std::size_t b, const Packed& packed, float* sums, std::size_t stride) {
+    using Multiply = void (*)(const Tokens&, std::size_t, std::size_t, const Packed&, float*, std::size_t);
+    static constexpr Multiply by_tokens[] = {multiply<W, 1>, multiply<W, 2>, multiply<W, 3>,
+                                             multiply<W, 4>, multiply<W, 5>, multiply<W, 6>};
     for (std::size_t m = 0; m < left.rows; m += prefill_tokens) {
         const std::size_t tokens = left.rows - m < prefill_tokens ? left.rows - m : prefill_tokens;
         by_tokens[tokens - 1](left, m, b, packed, sums, stride);
@@ -126,10 +134,10 @@ void multiply_all(const Left& left, std::size_t b, const Packed& packed, float* 
 }
 
 // The scales and zeros of columns that have one each: sums = scale[n] * (sums - zero[n] * sum of token m).
-void finish_rows(const Left& left, const Packed& packed, float* sums, std::size_t stride) {
+void finish_rows(const Tokens& left, std::size_t blocks, const Packed& packed, float* sums, std::size_t stride) {
     for (std::size_t m = 0; m < left.rows; ++m) {
         float total = 0;
-        for (std::size_t b = 0; b < left.blocks; ++b) {
+        for (std::size_t b = 0; b < blocks; ++b) {
             total += left.sum[b * left.rows + m];
         }
         for (std::size_t n = 0; n < width; n += lanes) {
@@ -140,74 +148,21 @@ void finish_rows(const Left& left, const Packed& packed, float* sums, std::size_
     }
 }
 
-// out[m][n] = token m . row first + n of gate or up, for 128 rows.
-template <class W>
-void multiply_rows(const Matrix& a, std::size_t first, std::size_t last, const Left& left, Packed& packed, float* out) {
+// out[m][n] = token m . column n of the product, for 128 columns, of which `count` exist: pack(n, b) packs block b of
+// columns from n on.
+template <class W, class Pack>
+void multiply_blocks(const Tokens& left, std::size_t blocks, std::size_t count, Packed& packed, const Pack& pack,
+                     float* out) {
     for (std::size_t i = 0; i < left.rows * block; ++i) {
         out[i] = 0;
     }
-    for (std::size_t n = 0; n < block && first + n < last; n += width) {
-        for (std::size_t b = 0; b < left.blocks; ++b) {
-            pack_rows<W>(a, first + n, last, b, packed);
-            multiply_all<W::is_grouped>(left, b, packed, out + n, block);
+    for (std::size_t n = 0; n < block && n < count; n += width) {
+        for (std::size_t b = 0; b < blocks; ++b) {
+            pack(n, b);
+            multiply_all<W>(left, b, packed, out + n, block);
         }
         if (!W::is_grouped) {
-            finish_rows(left, packed, out + n, block);
+            finish_rows(left, blocks, packed, out + n, block);
         }
     }
-}
-
-template <class W>
-void hidden_of(const Weights& w, const Thresholds& thresholds, const Tokens& t, std::size_t first, Hidden& hidden,
-               float* scratch) {
-    float *g = scratch, *up = g + t.rows * block;
-    Packed packed;
-    const Left left{static_cast<const std::int8_t*>(t.values), t.scale, t.sum, w.columns / block, t.rows};
-    multiply_rows<W>(w.gate, first, w.ffn, left, packed, g);
-    multiply_rows<W>(w.up, first, w.ffn, left, packed, up);
-    activate(w.activation, g, t.rows * block);
-    const std::size_t count = w.ffn - first < block ? w.ffn - first : block;
-    for (std::size_t m = 0; m < t.rows; ++m) {
-        float values[block] = {};
-        for (std::size_t j = 0; j < count; ++j) {
-            const float limit = threshold_of(thresholds, first + j), a = g[m * block + j];
-            values[j] = a <= limit && a >= -limit ? 0.0f : a * up[m * block + j];
-        }
-        const std::size_t entry = first / block * t.rows + m;
-        quantise(values, block, 8, hidden.q + entry * block, hidden.scale[entry], hidden.sum[entry]);
-    }
-}
-
-void prefill_hidden(const Weights& w, const Thresholds& thresholds, const Tokens& t, std::size_t first, Hidden& hidden,
-                    float* scratch) {
-    (w.format == Format::u4 ? hidden_of<U4> : hidden_of<I8>)(w, thresholds, t, first, hidden, scratch);
-}
-
-template <class W>
-void output_of(const Weights& w, const Left& left, std::size_t begin, float* y, float* sums) {
-    Packed packed;
-    for (std::size_t i = 0; i < left.rows * block; ++i) {
-        sums[i] = 0;
-    }
-    for (std::size_t n = 0; n < block; n += width) {
-        for (std::size_t b = 0; b < left.blocks; ++b) {
-            pack_down<W>(w, b * block, begin + n, packed);
-            multiply_all<W::is_grouped>(left, b, packed, sums + n, block);
-        }
-        if (!W::is_grouped) {
-            finish_rows(left, packed, sums + n, block);
-        }
-    }
-    const std::size_t count = w.hidden - begin < block ? w.hidden - begin : block;
-    for (std::size_t m = 0; m < left.rows; ++m) {
-        for (std::size_t n = 0; n < count; n += lanes) {
-            f_store(y + m * w.hidden + begin + n, f_load(sums + m * block + n), count - n < lanes ? count - n : lanes);
-        }
-    }
-}
-
-void prefill_output(const Weights& w, const Hidden& hidden, std::size_t rows, std::size_t begin, float* y,
-                    float* scratch) {
-    const Left left{hidden.q, hidden.scale, hidden.sum, (w.ffn + block - 1) / block, rows};
-    (w.format == Format::u4 ? output_of<U4> : output_of<I8>)(w, left, begin, y, scratch);
 }

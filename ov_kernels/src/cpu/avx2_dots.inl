@@ -2,12 +2,18 @@
 
 inline I i_dot16(I sum, I x, I y) { return _mm256_add_epi32(sum, _mm256_madd_epi16(x, y)); }
 
-// vpmaddubsw saturates where both factors use all their bits, so the unsigned one goes in two halves of 4 bits.
-inline I i_dot8(I sum, I u, I s) {
-    const I low = _mm256_and_si256(u, _mm256_set1_epi8(15));
-    const I high = _mm256_and_si256(_mm256_srli_epi16(u, 4), _mm256_set1_epi8(15));
-    const I one = _mm256_set1_epi16(1);
-    const I sums_low = _mm256_madd_epi16(_mm256_maddubs_epi16(low, s), one);
-    const I sums_high = _mm256_madd_epi16(_mm256_maddubs_epi16(high, s), one);
-    return _mm256_add_epi32(sum, _mm256_add_epi32(sums_low, _mm256_slli_epi32(sums_high, 4)));
+// Weights of 8 bits as i_dot8 takes them: as they are.
+constexpr std::int32_t byte_shift = 0;
+inline I i_bytes(I x) { return x; }
+
+// vpmaddubsw wants one factor without sign: |x| * (y with the sign of x). Two products, of 128 * 127 at most, fit 16
+// bits.
+inline I i_dot8(I sum, I x, I y) {
+    const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(y, x));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// The same where x has no sign and 4 bits.
+inline I i_dot4(I sum, I x, I y) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), _mm256_set1_epi16(1)));
 }

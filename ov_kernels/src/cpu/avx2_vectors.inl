@@ -1,5 +1,5 @@
-// Vector operations on 256 bits, but for the integer dot products, which differ with and without VNNI. Included in a unit's
-// own unnamed namespace.
+// Vector operations on 256 bits, but for the integer dot products, which differ with and without VNNI. Included in a
+// unit's own unnamed namespace.
 
 using F = __m256;
 using I = __m256i;
@@ -48,6 +48,15 @@ inline std::int32_t i_sum(I x) {
     return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1)));
 }
 
+// The sums of 4 vectors.
+inline void f_sum4(const F (&x)[4], float* sums) {
+    const F a = f_add(_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
+    const F b = f_add(_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
+    const __m256d c = _mm256_castps_pd(a), d = _mm256_castps_pd(b);
+    const F all = f_add(_mm256_castpd_ps(_mm256_unpacklo_pd(c, d)), _mm256_castpd_ps(_mm256_unpackhi_pd(c, d)));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+
 inline F f_power_of_2(F n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
@@ -87,32 +96,35 @@ inline void f_from_u4(const void* p, F& low, F& high) {
 }
 
 inline I i_zero() { return _mm256_setzero_si256(); }
+inline I i_add(I x, I y) { return _mm256_add_epi32(x, y); }
+inline F f_spread(F x, int first) {  // 2 lanes from `first` on, 4 times each
+    const I index = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    return _mm256_permutevar8x32_ps(x, _mm256_add_epi32(index, _mm256_set1_epi32(first)));
+}
 inline I i_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void i_store(void* p, I x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 inline I i_set_word(const void* p) { return _mm256_broadcastd_epi32(_mm_loadu_si32(p)); }
 
 inline I i_16_from_i8(const void* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
 
-inline void i_16_from_u4(const void* p, I& low, I& high) {
-    const I pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
-    low = _mm256_and_si256(pairs, _mm256_set1_epi16(15));
-    high = _mm256_srli_epi16(pairs, 4);
+inline I i_set(std::int32_t x) { return _mm256_set1_epi32(x); }
+inline I i_two_digits(I high, I low) {  // high * 255 + low
+    return _mm256_add_epi32(_mm256_sub_epi32(_mm256_slli_epi32(high, 8), high), low);
 }
 
-inline I i_unsigned(I x) { return _mm256_xor_si256(x, _mm256_set1_epi8(static_cast<char>(0x80))); }
+template <int n>
+inline I i_shift_left(I x) {
+    return _mm256_slli_epi32(x, n);
+}
+template <int n>
+inline I i_shift_right(I x) {  // with the sign
+    return _mm256_srai_epi32(x, n);
+}
+inline F f_from_bits(I x) { return _mm256_castsi256_ps(x); }
+inline I i_low_nibble(I x) { return _mm256_and_si256(x, _mm256_set1_epi32(15)); }
 
 inline I i_low_u4(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline I i_high_u4(I x) { return i_low_u4(_mm256_srli_epi16(x, 4)); }
-
-inline void i_zip16(I x, I y, I& first, I& second) {
-    first = _mm256_unpacklo_epi16(x, y);
-    second = _mm256_unpackhi_epi16(x, y);
-}
-
-inline void i_unzip16(I x, I y, I& first, I& second) {
-    first = _mm256_permute2x128_si256(x, y, 0x20);
-    second = _mm256_permute2x128_si256(x, y, 0x31);
-}
 
 inline void i_zip8(I (&x)[4]) {
     const I a = _mm256_unpacklo_epi8(x[0], x[1]), b = _mm256_unpackhi_epi8(x[0], x[1]);
@@ -121,6 +133,13 @@ inline void i_zip8(I (&x)[4]) {
     x[1] = _mm256_unpackhi_epi16(a, c);
     x[2] = _mm256_unpacklo_epi16(b, d);
     x[3] = _mm256_unpackhi_epi16(b, d);
+}
+
+// Of 2 vectors that each have 2 halves, makes those of both first and second halves.
+inline void i_quarters(I (&x)[2]) {
+    const I first = _mm256_permute2x128_si256(x[0], x[1], 0x20);
+    x[1] = _mm256_permute2x128_si256(x[0], x[1], 0x31);
+    x[0] = first;
 }
 
 inline void i_unzip8(I (&x)[4]) {

@@ -28,6 +28,16 @@ inline float f_first(const float* p) { return _mm_cvtss_f32(_mm_load_ss(p)); }
 inline float f_first(F x) { return _mm_cvtss_f32(_mm512_castps512_ps128(x)); }
 inline void f_store_first(float* p, float x) { _mm_storeu_si32(p, _mm_castps_si128(_mm_set_ss(x))); }
 
+// The sums of 4 vectors.
+inline void f_sum4(const F (&x)[4], float* sums) {
+    const F a = f_add(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    const F b = f_add(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+    const F all = f_add(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+
 inline F f_power_of_2(F n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
@@ -58,38 +68,44 @@ inline void f_from_u4(const void* p, F& low, F& high) {
 }
 
 inline I i_zero() { return _mm512_setzero_si512(); }
+inline I i_add(I x, I y) { return _mm512_add_epi32(x, y); }
+inline F f_spread(F x, int first) {  // 4 lanes from `first` on, 4 times each
+    const I index = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(_mm512_add_epi32(index, _mm512_set1_epi32(first)), x);
+}
 inline I i_load(const void* p) { return _mm512_loadu_si512(p); }
 inline void i_store(void* p, I x) { _mm512_storeu_si512(p, x); }
 inline I i_dot16(I sum, I x, I y) { return _mm512_dpwssd_epi32(sum, x, y); }
 inline I i_dot8(I sum, I u, I s) { return _mm512_dpbusd_epi32(sum, u, s); }
+inline I i_dot4(I sum, I u, I s) { return i_dot8(sum, u, s); }
 inline I i_set_word(const void* p) { return _mm512_broadcastd_epi32(_mm_loadu_si32(p)); }
 
 inline I i_16_from_i8(const void* p) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 }
 
-inline void i_16_from_u4(const void* p, I& low, I& high) {
-    const I pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
-    low = _mm512_and_si512(pairs, _mm512_set1_epi16(15));
-    high = _mm512_srli_epi16(pairs, 4);
+// Weights of 8 bits as i_dot8 takes them: unsigned, `byte_shift` too large.
+constexpr std::int32_t byte_shift = 128;
+inline I i_bytes(I x) { return _mm512_xor_si512(x, _mm512_set1_epi8(static_cast<char>(0x80))); }
+
+inline I i_set(std::int32_t x) { return _mm512_set1_epi32(x); }
+inline I i_two_digits(I high, I low) {  // high * 255 + low
+    return _mm512_add_epi32(_mm512_sub_epi32(_mm512_slli_epi32(high, 8), high), low);
 }
 
-inline I i_unsigned(I x) { return _mm512_xor_si512(x, _mm512_set1_epi8(static_cast<char>(0x80))); }
+template <int n>
+inline I i_shift_left(I x) {
+    return _mm512_slli_epi32(x, n);
+}
+template <int n>
+inline I i_shift_right(I x) {  // with the sign
+    return _mm512_srai_epi32(x, n);
+}
+inline F f_from_bits(I x) { return _mm512_castsi512_ps(x); }
+inline I i_low_nibble(I x) { return _mm512_and_si512(x, _mm512_set1_epi32(15)); }
 
 inline I i_low_u4(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline I i_high_u4(I x) { return i_low_u4(_mm512_srli_epi16(x, 4)); }
-
-inline void i_zip16(I x, I y, I& first, I& second) {
-    first = _mm512_unpacklo_epi16(x, y);
-    second = _mm512_unpackhi_epi16(x, y);
-}
-
-inline void i_unzip16(I x, I y, I& first, I& second) {
-    const I low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const I high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    first = _mm512_permutex2var_epi32(x, low, y);
-    second = _mm512_permutex2var_epi32(x, high, y);
-}
 
 inline void i_zip8(I (&x)[4]) {
     const I a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
@@ -100,7 +116,8 @@ inline void i_zip8(I (&x)[4]) {
     x[3] = _mm512_unpackhi_epi16(b, d);
 }
 
-inline void i_unzip8(I (&x)[4]) {  // quarters: a 4 x 4 transposition
+// Of 4 vectors that each have 4 quarters, makes those of all first, second, third and fourth quarters.
+inline void i_quarters(I (&x)[4]) {
     const I a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
     const I c = _mm512_shuffle_i32x4(x[0], x[1], 0xEE), d = _mm512_shuffle_i32x4(x[2], x[3], 0xEE);
     x[0] = _mm512_shuffle_i32x4(a, b, 0x88);
@@ -108,6 +125,8 @@ inline void i_unzip8(I (&x)[4]) {  // quarters: a 4 x 4 transposition
     x[2] = _mm512_shuffle_i32x4(c, d, 0x88);
     x[3] = _mm512_shuffle_i32x4(c, d, 0xDD);
 }
+
+inline void i_unzip8(I (&x)[4]) { i_quarters(x); }
 
 // The scale with which floats, a multiple of 16, become integers of at most `limit`; NaN where one is NaN or infinite.
 inline float f_scale_of(const float* x, std::size_t count, float limit) {

@@ -1,10 +1,21 @@
 // Loops over registers, and e^x. Included after a unit's vector operations.
 
-// A macro: gcc takes a function that only prefetches for one without effect and drops its calls.
-#define EDGE_PREFETCH(p) _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0)
+// Fetches the line at p into the first cache. gcc would move all prefetches of an unrolled loop to its top, where they
+// queue; volatile ones stay in order with EDGE_KEEP, which says that a vector is needed from here on.
+//
+// EDGE_FLATTEN inlines all that a function calls, whose registers an unrolled loop's body shares.
+#if defined(__GNUC__)
+#    define EDGE_FLATTEN __attribute__((flatten))
+#    define EDGE_PREFETCH(p) asm volatile("prefetcht0 %0" : : "m"(*reinterpret_cast<const char*>(p)))
+#    define EDGE_KEEP(x) asm volatile("" : "+v"(x))
+#else
+#    define EDGE_FLATTEN
+#    define EDGE_PREFETCH(p) _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0)
+#    define EDGE_KEEP(x)
+#endif
 
-// body(0), ..., body(n - 1) with constants: registers that a loop would index stay registers, while gcc stores an array's
-// elements in every step of the loop around it.
+// body(0), ..., body(n - 1) with constants: registers that a loop would index stay registers, while gcc stores an
+// array's elements in every step of the loop around it.
 template <int n>
 struct Index {
     constexpr operator int() const { return n; }
@@ -19,8 +30,8 @@ inline void unroll(const Body& body) {
 }
 
 inline F exp_of(F x) {
-    // 2^n * e^r with |r| <= ln 2 / 2; relative error 2e-7. From 88.4 on n is 128 and the result infinite, so that x / (1 +
-    // e^-x) is 0 for a large negative x. The order of min and max lets NaN through.
+    // 2^n * e^r with |r| <= ln 2 / 2; relative error 2e-7. From 88.4 on n is 128 and the result infinite, so that x /
+    // (1 + e^-x) is 0 for a large negative x. The order of min and max lets NaN through.
     x = f_min(f_set(89.0f), f_max(f_set(-87.3f), x));
     const F n = f_round(f_mul(x, f_set(1.44269504f)));
     F r = f_fma(n, f_set(-0.693359375f), x);

@@ -1,5 +1,5 @@
-// Random shapes, blobs and tokens through every instruction set of the machine, in buffers of exactly the promised sizes
-// and at odd addresses, against the reference. Built with address and undefined-behaviour sanitizers by
+// Random shapes, blobs and tokens through every instruction set of the machine, in buffers of exactly the promised
+// sizes and at odd addresses, against the reference. Built with address and undefined-behaviour sanitizers by
 // tests/kernels/test_cats_mlp_sanitizers.py.
 //
 //   fuzz_cats_mlp SEED ROUNDS
@@ -28,7 +28,8 @@ std::size_t draw(std::size_t low, std::size_t high) {
     return std::uniform_int_distribution<std::size_t>(low, high)(randomness);
 }
 
-// Memory of exactly `size` bytes that begins at an odd address, so that no kernel can count on alignment or read past it.
+// Memory of exactly `size` bytes that begins at an odd address, so that no kernel can count on alignment or read past
+// it.
 class Bytes {
 public:
     explicit Bytes(std::size_t size) : m_memory(new std::uint8_t[size + 1]), size(size) {
@@ -50,24 +51,36 @@ std::size_t up(std::size_t value, std::size_t step) { return (value + step - 1) 
 struct Shape {
     Format format;
     std::size_t hidden, ffn;
+    bool is_tiled;
 };
 
 Shape draw_shape() {
     const Format format = static_cast<Format>(draw(0, 2));
     if (format == Format::u4) {
-        return {format, 128 * draw(1, 4), 128 * draw(1, 4)};
+        return {format, 128 * draw(1, 4), 128 * draw(1, 4), draw(0, 1) == 1};
     }
-    return {format, draw(1, 700), draw(1, 700)};
+    return {format, draw(1, 700), draw(1, 700), draw(0, 1) == 1};
+}
+
+std::size_t groups_of(Format format, std::size_t columns) {
+    return format == Format::i8 ? 1 : format == Format::u4 ? columns / 128 : 0;
 }
 
 std::size_t blob_size(const Shape& s) {
-    const std::size_t columns = up(s.hidden, 128);
-    const std::size_t row = s.format == Format::i8 ? columns : s.format == Format::u4 ? columns / 2 : columns * 2;
-    const std::size_t groups = s.format == Format::i8 ? 1 : s.format == Format::u4 ? columns / 128 : 0;
-    const std::size_t down = s.format == Format::i8 ? 1 : s.format == Format::u4 ? s.ffn / 128 : 0;
-    return 64 + up(s.ffn * row, 64) + up(s.ffn * (2 * row + 64), 64) +
-           2 * (up(2 * s.ffn * groups, 64) + up(s.ffn * groups, 64)) + up(2 * down * columns, 64) +
-           up(down * columns, 64);
+    const auto row = [&s](std::size_t columns) {
+        return s.format == Format::i8 ? up(columns, 128) : s.format == Format::u4 ? columns / 2 : up(columns, 128) * 2;
+    };
+    const auto tiles = [&](std::size_t rows, std::size_t columns) {
+        const std::size_t count = up(rows, 16), scales = count * groups_of(s.format, columns);
+        return up(count * row(columns), 64) + up(2 * scales, 64) + up(scales, 64);
+    };
+    if (s.is_tiled) {
+        return 64 + 2 * tiles(s.ffn, s.hidden) + tiles(s.hidden, s.ffn);
+    }
+    const std::size_t scales = s.ffn * groups_of(s.format, up(s.hidden, 128));
+    const std::size_t down = groups_of(s.format, s.ffn) * up(s.hidden, 128);
+    return 64 + tiles(s.ffn, s.hidden) + up(s.ffn * (2 * row(s.hidden) + 64), 64) + up(2 * scales, 64) +
+           up(scales, 64) + up(2 * down, 64) + up(down, 64);
 }
 
 std::uint32_t crc32(const std::uint8_t* data, std::size_t size) {
@@ -84,12 +97,12 @@ std::uint32_t crc32(const std::uint8_t* data, std::size_t size) {
 void write_header(const Shape& s, Bytes& blob) {
     std::memset(blob.data(), 0, 64);
     std::memcpy(blob.data(), "EDGE-MLP", 8);
-    const std::uint32_t fields[6] = {1,
+    const std::uint32_t fields[6] = {2,
                                      static_cast<std::uint32_t>(s.format),
                                      static_cast<std::uint32_t>(draw(0, 2)),
                                      static_cast<std::uint32_t>(s.hidden),
                                      static_cast<std::uint32_t>(s.ffn),
-                                     0};
+                                     s.is_tiled ? 1u : 0u};
     const std::uint64_t size = blob.size;
     std::memcpy(blob.data() + 8, fields, sizeof(fields));
     std::memcpy(blob.data() + 32, &size, sizeof(size));
@@ -113,12 +126,20 @@ void tame(const Weights& w, Bytes& blob) {
             const_cast<std::int8_t*>(p)[i] = static_cast<std::int8_t>(value);
         }
     };
-    zero(w.gate.zero, w.ffn * w.gate.groups);
-    zero(w.up.zero, w.ffn * w.up.groups);
-    zero(w.down_zero, w.down_groups * w.columns);
-    half(w.gate.scale, w.ffn * w.gate.groups);
-    half(w.up.scale, w.ffn * w.up.groups);
-    half(w.down_scale, w.down_groups * w.columns);
+    auto tiles = [&](const Tiles& a, std::size_t rows) {
+        zero(a.zero, up(rows, 16) * a.groups);
+        half(a.scale, up(rows, 16) * a.groups);
+    };
+    tiles(w.gate_tiles, w.ffn);
+    if (w.is_tiled) {
+        tiles(w.up_tiles, w.ffn);
+        tiles(w.down_tiles, w.hidden);
+    } else {
+        zero(w.up.zero, w.ffn * w.up.groups);
+        zero(w.down_zero, w.down_groups * w.columns);
+        half(w.up.scale, w.ffn * w.up.groups);
+        half(w.down_scale, w.down_groups * w.columns);
+    }
     if (w.format == Format::bf16) {
         for (std::size_t i = 64; i + 1 < blob.size; i += 2) {
             blob.data()[i + 1] = static_cast<std::uint8_t>((blob.data()[i + 1] & 0x80) | 0x3c);  // +-0.008 to 0.03
@@ -131,51 +152,63 @@ std::unique_ptr<T[]> exactly(std::size_t count) {
     return std::unique_ptr<T[]>(new T[count]());
 }
 
+// Tokens as blocks, in memory of exactly their size.
+struct Blocks {
+    Blocks(std::size_t rows, std::size_t blocks)
+        : values(exactly<float>(rows * blocks * block)),
+          scale(exactly<float>(rows * blocks)),
+          sum(exactly<float>(rows * blocks)),
+          offset(exactly<std::int32_t>(rows * blocks)),
+          tokens{rows, values.get(), scale.get(), offset.get(), sum.get(), nullptr} {}
+
+    std::unique_ptr<float[]> values, scale, sum;
+    std::unique_ptr<std::int32_t[]> offset;
+    Tokens tokens;
+};
+
 // As cats_mlp_op.cpp does, on one thread, with two ranges.
-void decode_all(const Kernels& k, const Weights& w, const Thresholds& t, const float* x, std::size_t rows, bool exact,
+void decode_all(const Kernels& k, const Weights& w, const Thresholds& t, const float* x, std::size_t rows, int digits,
                 float* y) {
-    const int bits = exact ? 32 : rows <= k.max_rows_of_16_bits ? 16 : 8;
-    const std::size_t blocks = w.columns / block, chunks = up(w.ffn, block) / block, per_range = (chunks + 1) / 2;
+    const std::size_t chunks = up(w.ffn, block) / block, per_range = (chunks + 1) / 2;
     const std::size_t ranges = (chunks + per_range - 1) / per_range, stride = rows * sums_stride(w);
-    auto values = exactly<float>(rows * w.columns), scale = exactly<float>(rows * blocks),
-         sum = exactly<float>(rows * blocks);
+    auto values = exactly<std::uint8_t>(rows * token_bytes(w));
+    auto scale = exactly<float>(rows * token_lanes(w)), sum = exactly<float>(rows * token_lanes(w));
+    auto offset = exactly<std::int32_t>(rows * token_lanes(w));
     auto total = exactly<float>(rows), sums = exactly<float>(ranges * stride);
     auto scratch = exactly<float>(decode_scratch(w, rows, per_range * block));
-    Tokens tokens{rows, values.get(), scale.get(), sum.get(), total.get()};
-    k.prepare(w, x, bits, tokens);
+    Tokens tokens{rows, values.get(), scale.get(), offset.get(), sum.get(), total.get()};
+    Blocks blocks(rows, w.columns / block);
+    k.prepare(w, x, digits, tokens);
+    k.prepare_blocks(w, x, digits, blocks.tokens);
     for (std::size_t r = 0; r < ranges; ++r) {
         const std::size_t first = r * per_range * block, last = std::min(w.ffn, first + per_range * block);
-        k.decode(w, t, tokens, bits, first, last, sums.get() + r * stride, scratch.get());
+        k.decode(w, t, tokens, blocks.tokens, digits, first, last, sums.get() + r * stride, scratch.get());
     }
     k.finish(w, sums.get(), ranges, rows, 0, w.hidden, y);
 }
 
-void prefill_all(const Kernels& k, const Weights& w, const Thresholds& t, const float* x, std::size_t rows, float* y) {
-    const std::size_t blocks = w.columns / block, chunks = up(w.ffn, block) / block;
-    auto values = exactly<std::int8_t>(rows * w.columns);
-    auto scale = exactly<float>(rows * blocks), sum = exactly<float>(rows * blocks), total = exactly<float>(rows);
-    auto q = exactly<std::int8_t>(rows * chunks * block);
-    auto hidden_scale = exactly<float>(rows * chunks), hidden_sum = exactly<float>(rows * chunks);
-    auto scratch = exactly<float>(prefill_scratch(rows));
-    Tokens tokens{rows, values.get(), scale.get(), sum.get(), total.get()};
-    Hidden hidden{q.get(), hidden_scale.get(), hidden_sum.get()};
-    k.prepare(w, x, 8, tokens);
+void run_blocks(const Kernels& k, const Weights& w, const Thresholds& t, const float* x, std::size_t rows, int digits,
+                float* y) {
+    const std::size_t chunks = up(w.ffn, block) / block, step = rows <= max_decode_rows ? tile_rows : block;
+    Blocks tokens(rows, w.columns / block), hidden(rows, chunks);
+    auto scratch = exactly<float>(block_scratch(rows));
+    k.prepare_blocks(w, x, digits, tokens.tokens);
     for (std::size_t c = 0; c < chunks; ++c) {
-        k.prefill_hidden(w, t, tokens, c * block, hidden, scratch.get());
+        k.hidden(w, t, tokens.tokens, digits, c * block, hidden.tokens, scratch.get());
     }
-    for (std::size_t c = 0; c < blocks; ++c) {
-        k.prefill_output(w, hidden, rows, c * block, y, scratch.get());
+    for (std::size_t begin = 0; begin < w.hidden; begin += step) {
+        k.output(w, hidden.tokens, digits, begin, begin + step, y, scratch.get());
     }
 }
 
 void run_all(const Kernels& k, const Weights& w, const Thresholds& t, const float* x, std::size_t rows, bool exact,
              float* y) {
-    if (rows > max_decode_rows && !exact) {
-        prefill_all(k, w, t, x, rows, y);
-        return;
-    }
-    for (std::size_t m = 0; m < rows; m += max_decode_rows) {
-        decode_all(k, w, t, x + m * w.hidden, std::min(max_decode_rows, rows - m), exact, y + m * w.hidden);
+    const std::size_t most = exact || rows <= max_decode_rows ? max_decode_rows : rows;
+    for (std::size_t m = 0; m < rows; m += most) {
+        const std::size_t count = std::min(most, rows - m);
+        const int digits = exact ? 0 : count <= max_rows_of_two_digits ? 2 : 1;
+        const auto run = most > max_decode_rows || w.is_tiled ? run_blocks : decode_all;
+        run(k, w, t, x + m * w.hidden, count, digits, y + m * w.hidden);
     }
 }
 
@@ -263,8 +296,9 @@ bool check_round(const Shape& shape, std::size_t rows) {
             run_all(*k, w, t, x.get(), rows, is_exact, got.get());
             const double error = distance(got.get(), wanted.get(), rows, w.hidden, poisoned);
             if (!(error <= (is_exact ? 2e-5 : 8e-2))) {
-                std::printf("%s differs by %g: format %d, H %zu, F %zu, %zu rows, exact %d, dense %d\n", k->name, error,
-                            static_cast<int>(w.format), w.hidden, w.ffn, rows, is_exact, is_dense);
+                std::printf("%s differs by %g: format %d, H %zu, F %zu, %zu rows, exact %d, dense %d, tiled %d\n",
+                            k->name, error, static_cast<int>(w.format), w.hidden, w.ffn, rows, is_exact, is_dense,
+                            w.is_tiled);
                 is_right = false;
             }
         }
@@ -293,7 +327,7 @@ bool check_spoilt() {
     if (parse(blob.data(), blob.size, w) != nullptr) {
         return true;
     }
-    const Shape read{w.format, w.hidden, w.ffn};
+    const Shape read{w.format, w.hidden, w.ffn, w.is_tiled};
     if (blob_size(read) != blob.size) {
         std::printf("a blob of %zu bytes was taken for one of %zu\n", blob.size, blob_size(read));
         return false;
@@ -309,7 +343,8 @@ int main(int argc, char** argv) {
         return 2;
     }
     randomness.seed(static_cast<unsigned>(std::atoi(argv[1])));
-    bool is_right = check_round({Format::u4, max_columns, block}, 2);
+    bool is_right = check_round({Format::u4, max_columns, block, false}, 2);
+    is_right &= check_round({Format::u4, max_columns, block, true}, 2);
     for (int round = std::atoi(argv[2]); round > 0; --round) {
         is_right &= check_round(draw_shape(), draw(0, 4) ? draw(1, 20) : draw(30, 45));
         for (int spoilt = 0; spoilt < 20; ++spoilt) {
