@@ -1,7 +1,7 @@
 """What skipping neurons brings and costs in a whole model, on real text: speed, perplexity, what a block still reads.
 
     cats      the model as it was exported
-    dense     the same weights in the same op without thresholds
+    dense     the same weights in the same op without thresholds, as `--mlp fused` exports them
     openvino  the same weights in OpenVINO's own ops without thresholds
 
 A block of N tokens reads the neurons that at least one of them wakes, so verifying a draft saves less than a plain
@@ -143,15 +143,18 @@ def quality(model: PagedModel, windows: list[list[int]]) -> dict[str, Any]:
 
 
 def without_thresholds(folder: Path, output: Path) -> Path:
-    """Copy a model folder with fused MLPs so that no neuron is ever dead."""
+    """Copy a model folder with fused MLPs so that no neuron is ever dead, and none is read for itself."""
     import openvino as ov
     from openvino import opset13
 
     from edge_runtime.fused_mlp import fused_mlps
     from edge_runtime.paged_model import read_model
+    from ov_kernels.mlp_blob import pack, unpack
 
     model, _ = read_model(folder)
     for node in fused_mlps(model):
+        blob = pack(unpack(node.input_value(1).get_node().data), "tiles")
+        node.input(1).replace_source_output(opset13.constant(blob).output(0))
         node.input(2).replace_source_output(opset13.constant(np.array([-1], np.float32)).output(0))
     weights = (MODEL_NAME, Path(MODEL_NAME).with_suffix(".bin").name)
     shutil.copytree(folder, output, ignore=shutil.ignore_patterns(*weights))

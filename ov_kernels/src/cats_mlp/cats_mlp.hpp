@@ -154,6 +154,7 @@ struct Kernels {
                    float* y, float* scratch);
 };
 
+std::size_t tiled_bytes(const Weights& weights);  // of all its matrices and scales, in tiles
 std::size_t sums_stride(const Weights& weights);
 std::size_t token_bytes(const Weights& weights);  // of the values of a token in decoding
 std::size_t token_lanes(const Weights& weights);  // of its scales

@@ -162,6 +162,13 @@ const char* parse(const std::uint8_t* blob, std::size_t size, Weights& weights) 
     return nullptr;
 }
 
+std::size_t tiled_bytes(const Weights& w) {
+    const auto bytes = [&w](const Tiles& tiles, std::size_t rows) {
+        return round_up(rows, tile_rows) * (tiles.blocks * (w.row_bytes / (w.columns / block)) + 3 * tiles.groups);
+    };
+    return bytes(w.gate_tiles, w.ffn) + bytes(w.up_tiles, w.ffn) + bytes(w.down_tiles, w.hidden);
+}
+
 // At least those of floats, or of two digits that fill spans of 512 columns.
 std::size_t token_bytes(const Weights& weights) { return 4 * weights.columns + 8 * block; }
 

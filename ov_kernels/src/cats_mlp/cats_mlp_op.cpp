@@ -131,6 +131,7 @@ void run(const Weights& w, const Thresholds& thresholds, const float* x, std::si
             decode_rows(*k, w, thresholds, x, count, digits, y);
         } else {
             run_blocks(*k, w, thresholds, x, count, digits, y);
+            bytes_read += is_few ? tiled_bytes(w) : 0;
         }
         x += count * w.hidden;
         y += count * w.hidden;

@@ -29,9 +29,7 @@ struct Batch {
 template <class W, int digits>
 void multiply_up(const Weights& w, const Tokens& t, Batch& batch) {
     float up[max_decode_rows][max_batch];
-    dots<W, digits>(
-        w, w.up, batch.count, [&](std::size_t i) { return batch.live[i]; },
-        [&](std::size_t i) { return batch.down[i]; }, t, up[0], max_batch);
+    dots<W, digits>(w, batch.count, batch.live, batch.down, t, up[0], max_batch);
     for (std::size_t m = 0; m < t.rows; ++m) {
         for (std::size_t i = 0; i < batch.count; ++i) {
             batch.c[m][i] *= up[m][i];

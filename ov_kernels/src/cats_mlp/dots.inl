@@ -63,8 +63,8 @@ inline void add_span(const std::uint8_t* p, const std::uint8_t* next, std::size_
 }
 
 template <class W, int digits, int M>
-inline void add_row(const Weights& w, const Matrix& a, std::size_t row, const std::uint8_t* next, const Tokens& t,
-                    F (&total)[M]) {
+inline void add_row(const Weights& w, std::size_t row, const std::uint8_t* next, const Tokens& t, F (&total)[M]) {
+    const Matrix& a = w.up;
     constexpr std::size_t n = span / block;
     const std::size_t blocks = w.columns / block;
     const std::uint8_t* p = a.rows + row * a.stride;
@@ -87,14 +87,15 @@ inline void add_row(const Weights& w, const Matrix& a, std::size_t row, const st
     }
 }
 
-// out[m * stride] = row j . token m, while the row `next` is prefetched.
+// out[m * stride] = row j of Wup . token m, while the row `next` is prefetched.
 template <class W, int digits, int M>
-inline void dot_row(const Weights& w, const Matrix& a, std::size_t j, const std::uint8_t* next, const Tokens& t,
-                    float* out, std::size_t stride) {
+inline void dot_row(const Weights& w, std::size_t j, const std::uint8_t* next, const Tokens& t, float* out,
+                    std::size_t stride) {
+    const Matrix& a = w.up;
     F total[M];
     unroll<M>([&](auto m) { total[m] = f_set(0.0f); });
     if constexpr (digits > 0) {
-        add_row<W, digits, M>(w, a, j, next, t, total);
+        add_row<W, digits, M>(w, j, next, t, total);
     } else {
         float scales[max_groups + lanes];
         if constexpr (W::is_grouped) {
@@ -121,29 +122,28 @@ inline void dot_row(const Weights& w, const Matrix& a, std::size_t j, const std:
     });
 }
 
-template <class W, int digits, int M, class Index, class Next>
-EDGE_FLATTEN void dots_of(const Weights& w, const Matrix& a, std::size_t count, const Index& index, const Next& next,
-                          const Tokens& t, float* out, std::size_t stride) {
+template <class W, int digits, int M>
+EDGE_FLATTEN void dots_of(const Weights& w, std::size_t count, const std::uint32_t* rows,
+                          const std::uint8_t* const* next, const Tokens& t, float* out, std::size_t stride) {
     for (std::size_t i = 0; i < count; ++i) {
-        dot_row<W, digits, M>(w, a, index(i), next(i), t, out + i, stride);
+        dot_row<W, digits, M>(w, rows[i], next[i], t, out + i, stride);
     }
 }
 
-// out[m * stride + i] = row index(i) . token m, for `count` rows and all tokens, while next(i) is prefetched.
-template <class W, int digits, class Index, class Next>
-void dots(const Weights& w, const Matrix& a, std::size_t count, const Index& index, const Next& next, const Tokens& t,
-          float* out, std::size_t stride) {
-    using Dots = void (*)(const Weights&, const Matrix&, std::size_t, const Index&, const Next&, const Tokens&, float*,
-                          std::size_t);
+// out[m * stride + i] = row rows[i] of Wup . token m, for `count` rows and all tokens, while the row at next[i] is
+// prefetched.
+template <class W, int digits>
+void dots(const Weights& w, std::size_t count, const std::uint32_t* rows, const std::uint8_t* const* next,
+          const Tokens& t, float* out, std::size_t stride) {
+    using Dots = void (*)(const Weights&, std::size_t, const std::uint32_t*, const std::uint8_t* const*, const Tokens&,
+                          float*, std::size_t);
     if constexpr (digits == 2) {
-        static constexpr Dots by_tokens[max_rows_of_two_digits] = {dots_of<W, 2, 1, Index, Next>,
-                                                                   dots_of<W, 2, 2, Index, Next>};
-        by_tokens[t.rows - 1](w, a, count, index, next, t, out, stride);
+        static constexpr Dots by_tokens[max_rows_of_two_digits] = {dots_of<W, 2, 1>, dots_of<W, 2, 2>};
+        by_tokens[t.rows - 1](w, count, rows, next, t, out, stride);
     } else {
         static constexpr Dots by_tokens[max_decode_rows] = {
-            dots_of<W, digits, 1, Index, Next>, dots_of<W, digits, 2, Index, Next>, dots_of<W, digits, 3, Index, Next>,
-            dots_of<W, digits, 4, Index, Next>, dots_of<W, digits, 5, Index, Next>, dots_of<W, digits, 6, Index, Next>,
-            dots_of<W, digits, 7, Index, Next>, dots_of<W, digits, 8, Index, Next>};
-        by_tokens[t.rows - 1](w, a, count, index, next, t, out, stride);
+            dots_of<W, digits, 1>, dots_of<W, digits, 2>, dots_of<W, digits, 3>, dots_of<W, digits, 4>,
+            dots_of<W, digits, 5>, dots_of<W, digits, 6>, dots_of<W, digits, 7>, dots_of<W, digits, 8>};
+        by_tokens[t.rows - 1](w, count, rows, next, t, out, stride);
     }
 }
