@@ -17,6 +17,11 @@ The command line prints both on two lines and exits with `exit_code`: 2 for a wr
 
 from __future__ import annotations
 
+from typing import Any
+
+DISTRIBUTION = "edge-runtime"
+"""What pip calls this project."""
+
 
 class EdgeError(Exception):
     """Base of all errors raised on purpose.
@@ -60,7 +65,15 @@ class ExtensionError(EdgeError):
 
 
 class MissingExtraError(EdgeError):
-    """A feature was asked for whose optional dependencies are not installed."""
+    """A feature was asked for whose optional dependencies are not installed.
+
+    Args:
+        message: One line: what is missing, and for what.
+        extra: Name of the optional dependencies. The hint installs them from where edge-run itself was installed from.
+    """
+
+    def __init__(self, message: str, extra: str) -> None:
+        super().__init__(message, _install_command(extra))
 
 
 class DownloadError(EdgeError):
@@ -69,3 +82,30 @@ class DownloadError(EdgeError):
 
 class ExportError(EdgeError):
     """The source model cannot be converted."""
+
+
+def _install_command(extra: str) -> str:
+    from pathlib import Path
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    origin = _installed_from()
+    url = str(origin.get("url", ""))
+    if "vcs_info" in origin:
+        return f'pip install "{DISTRIBUTION}[{extra}] @ {origin["vcs_info"]["vcs"]}+{url}"'
+    path = url2pathname(urlsplit(url).path) if url.startswith("file:") else ""
+    if path and Path(path).exists():
+        return f'pip install "{path}[{extra}]"'
+    return f'pip install ".[{extra}]", in the source folder of edge-run'
+
+
+def _installed_from() -> dict[str, Any]:
+    """Return pip's record of the folder, file or repository that it was given; empty where there is none."""
+    import json
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        record = json.loads(distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

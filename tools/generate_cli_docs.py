@@ -18,7 +18,11 @@ INTRODUCTION = f"""\
 <!-- Written by tools/generate_cli_docs.py: change the commands, then run it. -->
 # The command line
 
-`edge-run COMMAND --help` says the same as this page; `edge-run --version` says which release it is.
+`edge-run COMMAND -h` (or `edge-run help COMMAND`) says the same as this page; `edge-run --version` prints the release.
+
+`edge-run --install-completion` lets bash, zsh, fish and PowerShell complete commands and options, from the next
+terminal on. For PowerShell it also permits scripts for the current user (`Set-ExecutionPolicy`); to change nothing
+but your profile there, run `edge-run --show-completion >> $PROFILE` instead.
 
 - The model's text goes to stdout as it is generated, UTF-8 everywhere; everything else goes to stderr.
 - An error is one line `error: …`, mostly with a line `hint: …` that says what to do. `--debug`, anywhere in the

@@ -30,7 +30,7 @@ def check_plot(path: Path) -> None:
         ConfigError: The file's ending names no format, or its folder does not exist.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("a plot needs matplotlib", 'pip install "edge-runtime[bench]"')
+        raise MissingExtraError("a plot needs matplotlib, which is not installed", "bench")
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"the plot is `{path}`, expected a name that ends in {', '.join(FORMATS)}")
     if not path.parent.is_dir():

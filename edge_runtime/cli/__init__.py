@@ -10,6 +10,7 @@ A subcommand's module is imported when it is called, and imports what it needs i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -19,12 +20,24 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run `edge-run` with the process's arguments, and exit."""
+    _open_closed_streams()
     try:
         from edge_runtime.cli.app import run
 
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a full disk, or a reader that has left
+                stream.flush()
         os._exit(INTERRUPTED)  # not sys.exit, which waits for a thread that may still compile a model
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Connect standard streams that are closed (`>&-`, or pythonw.exe) to the null device.
+
+    Otherwise the next file to be opened would take a closed stream's number, and receive what a library prints.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open until the process ends

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import re
 import sys
 import traceback
@@ -39,6 +40,9 @@ FAMILIES = {"train": "Train a model.", "bench": "Measure what a technique brings
 """First words of commands of two words, and what `edge-run --help` says of them."""
 
 DEBUG = "--debug"
+HELP_FLAGS = ["-h", "--help"]
+COMPLETION_VARIABLE = "_EDGE_RUN_COMPLETE"
+"""Set by the script that a shell sources to complete what is typed."""
 
 # The class of every wrong call. Typer ships click under another name since 0.26, so this is how both have it.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -68,9 +72,10 @@ class Commands(TyperGroup):
     family: str = ""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names, without the family's, in the order of the help."""
+        """Return the names, without the family's, in the order of the help; first words where a shell completes one."""
         prefix = f"{self.family} " if self.family else ""
-        return [name.removeprefix(prefix) for name in COMMANDS if name.startswith(prefix)]
+        names = [name.removeprefix(prefix) for name in COMMANDS if name.startswith(prefix)]
+        return list(dict.fromkeys(name.split()[0] for name in names)) if ctx.resilient_parsing else names
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import a subcommand, or return a family."""
@@ -82,7 +87,7 @@ class Commands(TyperGroup):
         """Find the subcommand that is called; suggest the nearest for an unknown one."""
         names = self.list_commands(ctx)
         first_words = {name.split()[0] for name in names}
-        if args[0] not in first_words:
+        if args[0] not in first_words and not ctx.resilient_parsing:
             near = difflib.get_close_matches(args[0], [*names, *first_words], n=1)
             called = f"{self.family} ".lstrip()
             hint = f"did you mean `{called}{near[0]}`?" if near else f"commands: {', '.join(names)}"
@@ -108,7 +113,7 @@ def load_command(name: str) -> Any:
     """Return a subcommand as typer's command object."""
     module_name = name.replace(" ", "_")
     function = getattr(importlib.import_module(f"edge_runtime.cli.{module_name}"), module_name)
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings={"help_option_names": HELP_FLAGS})
     headline = re.split("[.;]", function.__doc__)[0]
     app.command(name, cls=Command, short_help=headline)(function)
     command: Any = typer.main.get_command(app)
@@ -119,7 +124,7 @@ def load_command(name: str) -> Any:
 
 def root_command() -> Any:
     """Return `edge-run` as typer's command object."""
-    return _group(_root, _root.__doc__)
+    return _group(_root, _root.__doc__, has_completion=True)
 
 
 def family_command(name: str) -> Any:
@@ -129,9 +134,15 @@ def family_command(name: str) -> Any:
     return group
 
 
-def _group(callback: Callable[..., None], text: str | None) -> Any:
+def _group(callback: Callable[..., None], text: str | None, *, has_completion: bool = False) -> Any:
     """Return a group of commands whose help is `text`."""
-    app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, invoke_without_command=True)
+    app = typer.Typer(
+        cls=Commands,
+        add_completion=has_completion,
+        rich_markup_mode=None,
+        invoke_without_command=True,
+        context_settings={"help_option_names": HELP_FLAGS},
+    )
     app.callback(help=text)(callback)
     return typer.main.get_command(app)
 
@@ -159,6 +170,10 @@ def run(args: Sequence[str]) -> int:
 
 def _invoke(args: list[str]) -> int:
     root = root_command()
+    if os.environ.get(COMPLETION_VARIABLE):
+        root.main([], "edge-run")  # prints what completes the words that the shell hands over, and exits
+    if args[:1] == ["help"]:
+        args = [*args[1:], "--help"]
     try:
         with root.make_context("edge-run", args) as context:
             root.invoke(context)
@@ -186,23 +201,22 @@ class _Failure(NamedTuple):
 
 
 def _report(error: Exception) -> int:
-    if isinstance(error, OSError):
-        console.abandon_stdout()
+    is_stdout_broken = isinstance(error, OSError) and console.abandon_if_broken(sys.stdout)
     if console.is_closed_pipe(error):
         return 0  # whoever reads us has seen enough
-    failure = _explain(error)
+    failure = _explain(error, "stdout" if is_stdout_broken else None)
     console.print_error(failure.message, failure.hint)
     return failure.exit_code
 
 
-def _explain(error: Exception) -> _Failure:
+def _explain(error: Exception, file: str | None = None) -> _Failure:
     if isinstance(error, EdgeError):
         return _Failure(str(error), error.hint, error.exit_code)
     if isinstance(error, _UsageError):
         return _explain_usage(error)
     if isinstance(error, OSError):
-        name = f"`{error.filename}`: " if error.filename else ""
-        return _Failure(f"{name}{error.strerror or error}", None, 1)
+        name = file or error.filename
+        return _Failure(f"{f'`{name}`: ' if name else ''}{error.strerror or error}", None, 1)
     if isinstance(error, MemoryError):
         return _Failure("not enough memory", "use a smaller model, or close other programs", 1)
     kind = type(error).__name__

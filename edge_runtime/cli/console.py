@@ -5,6 +5,7 @@ Colour only on a terminal and never with NO_COLOR. rich is imported for tables a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -13,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
 import typer
 
@@ -73,12 +74,17 @@ def is_closed_pipe(error: Exception) -> bool:
     return sys.platform == "win32" and is_invalid
 
 
-def abandon_stdout() -> None:
-    """Send what is left for stdout nowhere, so that the interpreter's last flush cannot fail again."""
+def abandon_if_broken(stream: TextIO) -> bool:
+    """Return whether a stream refuses what is left in it, which then goes nowhere.
+
+    Otherwise the interpreter's last flush would fail again, and change the exit code.
+    """
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return True
+    return False
 
 
 class Status:
@@ -177,7 +183,8 @@ def print_stats(metrics: Metrics, mlp: str | None = None) -> None:
     table.add_column()
     for name, value in [*_stats(metrics), *([("fused MLPs", mlp)] if mlp else [])]:
         table.add_row(name, value)
-    Console(stderr=True, highlight=False, markup=False).print(table)
+    with _dropped_where_stderr_fails():
+        Console(stderr=True, highlight=False, markup=False).print(table)
 
 
 def _stats(metrics: Metrics) -> list[tuple[str, str]]:
@@ -222,4 +229,14 @@ def _styled(text: str, **style: Any) -> str:
 
 
 def _print_stderr(text: str) -> None:
-    typer.echo(text, err=True)  # leaves colour out where stderr is not a terminal
+    with _dropped_where_stderr_fails():
+        typer.echo(text, err=True)  # leaves colour out where stderr is not a terminal
+
+
+@contextlib.contextmanager
+def _dropped_where_stderr_fails() -> Iterator[None]:
+    """Let an answer, and the exit code, be what they are where nothing can be written beside them."""
+    try:
+        yield
+    except OSError:
+        abandon_if_broken(sys.stderr)

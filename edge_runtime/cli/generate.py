@@ -67,6 +67,8 @@ def _read_stdin() -> str:
     """Return stdin without its last line end, which `echo` and editors add."""
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"stdin cannot be read: {error.strerror}", "give the prompt as an argument") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"stdin is not UTF-8 at byte {error.start}: {error.reason}", "save it as UTF-8") from error
     return text.replace("\r\n", "\n").removesuffix("\n")

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from edge_runtime.api import EdgeLLM
 from edge_runtime.cli import console
 from edge_runtime.manifest import MODEL_NAME
+from tests.cli.conftest import ROOT
 
 
 @pytest.fixture
@@ -199,7 +202,7 @@ def test_hub_that_cannot_be_reached(start_edge_run, tmp_path):
 def test_stdout_on_a_full_disk(start_edge_run, model):
     before = "import sys; sys.stdout = open('/dev/full', 'w')"
     process = start_edge_run("generate", "-m", model, "-n", 3, "x", before=before)
-    assert process.communicate()[1] == b"error: No space left on device\n"
+    assert process.communicate()[1] == b"error: `stdout`: No space left on device\n"
     assert process.returncode == 1
 
 
@@ -212,7 +215,6 @@ def test_windows_closed_pipe_is_told_from_a_bad_file_name(monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("no_color", ["", "1"])
 def test_colour_on_a_terminal_unless_unwanted(monkeypatch, no_color):
-    import os
     import pty
 
     monkeypatch.setenv("NO_COLOR", no_color)
@@ -224,3 +226,58 @@ def test_colour_on_a_terminal_unless_unwanted(monkeypatch, no_color):
     os.close(ours)
     assert (b"\x1b[" in written) == (no_color == "")
     assert b"red" in written
+
+
+ANSWER = ("generate", "-m", "MODEL", "-n", "3", "--stats", "x")
+CLOSED_STREAMS = [
+    ((1,), ANSWER, 0),
+    ((2,), ANSWER, 0),
+    ((0,), ANSWER, 0),
+    ((0, 1, 2), ANSWER, 0),
+    ((0,), ("generate", "-m", "MODEL"), 2),
+    ((0,), ("chat", "-m", "MODEL"), 0),
+    ((1,), ("--help",), 0),
+    ((2,), ("generat",), 2),
+    ((1, 2), ("generate", "-m", "nowhere", "x"), 1),
+]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes descriptors before exec")
+@pytest.mark.parametrize(("closed", "args", "code"), CLOSED_STREAMS)
+def test_closed_standard_streams_are_nothing_rather_than_an_error(model, closed, args, code):
+    """As in `edge-run … >&-`: Python then has None for the stream."""
+    script = "import os, sys\n" + "".join(f"os.close({number})\n" for number in closed)
+    script += "os.execv(sys.executable, [sys.executable, '-m', 'edge_runtime', *sys.argv[1:]])"
+    words = [str(model) if word == "MODEL" else word for word in args]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
+    assert done.returncode == code
+    assert b"internal error" not in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_streams_that_are_none_as_under_pythonw(start_edge_run, model):
+    before = "import sys; sys.stdin = sys.stdout = sys.stderr = None"
+    process = start_edge_run("generate", "-m", model, "-n", 3, "x", before=before)
+    assert (*process.communicate(), process.returncode) == (b"", b"", 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize(("args", "code"), [(("generate", "-m", "MODEL", "--stats", "x"), 0), (("generat",), 2)])
+def test_full_stderr_changes_neither_the_answer_nor_the_exit_code(model, args, code):
+    words = [str(model) if word == "MODEL" else word for word in args]
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "edge_runtime", *words]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=full, check=False)
+    assert done.returncode == code
+    assert bool(done.stdout) == (code == 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and POSIX descriptors")
+def test_stdin_that_cannot_be_read_is_one_line(model):
+    with open(os.devnull, "w") as unreadable:
+        command = [sys.executable, "-m", "edge_runtime", "generate", "-m", str(model)]
+        done = subprocess.run(command, cwd=ROOT, stdin=unreadable, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.splitlines()[0] == b"error: stdin cannot be read: Bad file descriptor"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime import __version__
-from edge_runtime.cli.app import COMMANDS, FAMILIES
+from edge_runtime.cli.app import COMMANDS, COMPLETION_VARIABLE, FAMILIES, run
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"openvino", "numpy", "tokenizers", "jinja2", "huggingface_hub", "rich", "torch"}
@@ -65,6 +66,59 @@ def test_help_of_a_first_word_lists_its_own_commands(edge_run, family, flags):
     assert FAMILIES[family] in done.out
     assert "\n  draft " in done.out
     assert "generate" not in done.out
+
+
+@pytest.mark.parametrize("args", [["-h"], ["generate", "-h"], ["bench", "-h"], ["bench", "draft", "-h"]])
+def test_h_and_the_word_help_are_the_help_flag(edge_run, args):
+    *words, _ = args
+    expected = edge_run(*words, "--help")
+    assert expected.code == 0
+    assert edge_run(*args) == edge_run("help", *words) == expected
+
+
+def test_help_of_an_unknown_command_suggests(edge_run):
+    done = edge_run("help", "generat")
+    assert (done.code, done.err.splitlines()[1]) == (2, "hint: did you mean `generate`?")
+
+
+COMPLETIONS = {
+    "": {"generate", "chat", "train", "bench"},
+    "ge": {"generate"},
+    "bench ": {"draft", "cats", "attention"},
+    "generate --pre": {"--precision", "--prefill-chunk-size", "--presence-penalty"},
+    "bench draft --pl": {"--plot"},
+    "no-such --pl": set(),
+}
+
+
+@pytest.mark.parametrize("typed", COMPLETIONS)
+def test_shell_completion_knows_commands_and_options_and_loads_no_library(typed):
+    script = (
+        "import sys\nfrom edge_runtime.cli.app import run\n"
+        "try:\n    run([])\nfinally:\n    print(*[name for name in sys.modules if '.' not in name], file=sys.stderr)"
+    )
+    words = ["edge-run", *typed.split(" ")]
+    environment = {"_EDGE_RUN_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words)}
+    environment["COMP_CWORD"] = str(len(words) - 1)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    offered = set(done.stdout.split("\n")) - {""}
+    assert offered >= COMPLETIONS[typed]
+    assert all(word.startswith(words[-1]) for word in offered)
+    assert done.returncode == 0
+    assert not set(done.stderr.split()) & HEAVY
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
+def test_completion_script_calls_edge_run(monkeypatch, capsys, shell):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    with pytest.raises(SystemExit) as ended:
+        run(["--show-completion", shell])
+    said = capsys.readouterr().out
+    assert not ended.value.code
+    assert "edge-run" in said
+    assert COMPLETION_VARIABLE in said
 
 
 def test_families_are_the_first_words_of_the_commands():
