@@ -100,9 +100,9 @@ def test_shell_completion_knows_commands_and_options_and_loads_no_library(typed)
     words = ["edge-run", *typed.split(" ")]
     environment = {"_EDGE_RUN_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words)}
     environment["COMP_CWORD"] = str(len(words) - 1)
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    environment = {**os.environ, **environment}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     offered = set(done.stdout.split("\n")) - {""}
     assert offered >= COMPLETIONS[typed]
     assert all(word.startswith(words[-1]) for word in offered)
