@@ -7,8 +7,10 @@ came with a downloaded model.
 from __future__ import annotations
 
 import datetime
+import difflib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 TOKENIZER_NAME = "tokenizer.json"
 REPLACEMENT = "\ufffd"
 """Stands for bytes that are no character, or not yet."""
+
+
+ROLES = ("system", "user", "assistant", "tool", "developer", "function")
+"""What a message may be from, for every model; its template decides which of them it takes."""
 
 
 class Message(TypedDict):
@@ -105,6 +111,7 @@ class Tokenizer:
         for message in messages:
             if not isinstance(message, Mapping) or not message.keys() >= {"role", "content"}:
                 raise ConfigError(f"a message is {message!r:.60}, expected a dictionary with role and content")
+            self._check_role(message["role"])
         if self._template is None:
             raise ConfigError(
                 f"the model in `{self._path.parent}` has no chat template", "use `edge-run generate`, or a chat model"
@@ -117,6 +124,13 @@ class Tokenizer:
             reason = " ".join(str(error).split())
             raise ConfigError(f"the model's chat template refuses these messages: {reason}") from error
         return self.encode(text, add_special_tokens=False)
+
+    def _check_role(self, role: Any) -> None:
+        """Refuse a role that most templates would render as it is, misspelt or not, and the model has never seen."""
+        if role not in ROLES and not re.search(rf"(['\"]){re.escape(str(role))}\1", self._template or ""):
+            near = difflib.get_close_matches(str(role), ROLES, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else "a role of the model's own must stand in its chat template"
+            raise ConfigError(f"a message has role {role!r:.60}, expected one of {', '.join(ROLES)}", hint)
 
     def _special_tokens(self) -> dict[str, str]:
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
