@@ -95,13 +95,31 @@ class Tokenizer:
         entry: str | None = self._tokenizer.id_to_token(token_id)
         return entry
 
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a vocabulary entry; None where it is none."""
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        return token_id
+
+    def special_token(self, name: str) -> str | None:
+        """Return the token that has a role, such as `eos_token`; None where none has it."""
+        return self._special_tokens().get(name)
+
+    @property
+    def added_token_ids(self) -> frozenset[int]:
+        """The ids of tokens that stand for themselves and not for words: special and other added ones."""
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the model says how a chat is written."""
         return self._template is not None
 
-    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
+    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Return the ids of a chat, ending where the assistant's answer begins.
+
+        Args:
+            messages: The chat so far.
+            add_generation_prompt: False for a chat that ends with its last message.
 
         Raises:
             ConfigError: The model has no template, or the template refuses these messages.
@@ -118,7 +136,7 @@ class Tokenizer:
             )
         try:
             text = _compile_template(self._template).render(
-                messages=list(messages), add_generation_prompt=True, **self._special_tokens()
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special_tokens()
             )
         except (jinja2.TemplateError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
