@@ -1,4 +1,4 @@
-"""`edge-run chat`: talk with a model in the terminal.
+"""`edge-run chat`: chat with a model in the terminal.
 
 The whole conversation is sent each time; `EdgeLLM` keeps the keys and values of what it has read before.
 """
@@ -46,11 +46,14 @@ MAKE_ROOM = "/undo takes back the last question, /reset starts over"
 
 @with_model_options("logprobs")
 def chat(
-    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="How the model should behave.")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", metavar="TEXT", help="System message, which tells the model how to behave."),
+    ] = None,
     *,
     options: ModelOptions,
 ) -> None:
-    """Talk with a model in the terminal; `/help` there lists what else can be typed."""
+    """Chat with a model in the terminal; type `/help` there for its commands."""
     llm = load_model(options, warm_up=True)
     if not llm.tokenizer.has_chat_template:
         raise ConfigError(
