@@ -26,6 +26,7 @@ from edge_runtime.devices import check_device
 from edge_runtime.drafters import DraftModel
 from edge_runtime.engine import Engine, check_prompt
 from edge_runtime.errors import ConfigError
+from edge_runtime.hub_cache import resolve
 from edge_runtime.manifest import Manifest, load_manifest
 from edge_runtime.model import CachedModel
 from edge_runtime.stream import GenerationResult, TextStream
@@ -72,14 +73,14 @@ class EdgeLLM:
         _check_path("model", model)
         _check_path("draft", draft)
         model, draft = or_demo(model, draft)
-        folder = Path(model)
+        folder, draft = resolve(Path(model)), None if draft is None else resolve(Path(draft))
         manifest = load_manifest(folder)
-        draft_manifest = load_manifest(Path(draft)) if draft is not None else None
+        draft_manifest = load_manifest(draft) if draft is not None else None
         tokenizer = _TokenizerLoader(folder, draft)
         target = _load_model(folder, manifest, config.for_target(has_draft=draft is not None))
         drafter = None
         if draft is not None and draft_manifest is not None:
-            drafting = _load_model(Path(draft), draft_manifest, config.for_draft())
+            drafting = _load_model(draft, draft_manifest, config.for_draft())
             drafting.warm_up()  # its first run comes in the middle of an answer
             drafter = DraftModel(drafting, target.model.vocab_size)
         return cls(Engine(target, drafter), tokenizer.result(), manifest, time.perf_counter() - started)

@@ -118,6 +118,8 @@ def export(
         console.write_json(_as_json(report))
     else:
         print(_line(report))
+        for note in report.notes:
+            console.note(note)
         if report.sparsity:
             _note_sparsity(report.sparsity)
         if attention:
@@ -145,6 +147,7 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
         "verification": asdict(report.verification),
         "mlp": manifest.mlp and asdict(manifest.mlp),
         "attention": manifest.attention and manifest.attention.to_json(),
+        "notes": list(report.notes),
         "sparsity": report.sparsity and _sparsity_as_json(report.sparsity),
     }
 

@@ -37,11 +37,12 @@ def inspect(
     from edge_runtime.bench.attention_plot import save_pattern_plot
     from edge_runtime.bench.plot import check_plot
     from edge_runtime.demo import or_demo
+    from edge_runtime.hub_cache import resolve
     from edge_runtime.manifest import load_manifest
 
     if plot:
         check_plot(plot)
-    folder = Path(or_demo(model, None)[0])
+    folder = resolve(Path(or_demo(model, None)[0]))
     manifest = load_manifest(folder)
     shape = _shape(folder)
     attention = manifest.attention or AttentionPattern.of_layers([FULL] * shape["num_layers"])

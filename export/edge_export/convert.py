@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -64,6 +65,7 @@ class ExportReport:
         num_bytes: Of all its files.
         verification: How it compares with its source; where neurons are skipped, with a source that skips them too.
         sparsity: What skipping neurons does; None without `cats`.
+        notes: Lines on what was decided for the user on the way.
     """
 
     output: Path
@@ -71,6 +73,7 @@ class ExportReport:
     num_bytes: int
     verification: Verification
     sparsity: Sparsity | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +178,12 @@ def export_model(
             shutil.rmtree(folder / "work", ignore_errors=True)
             num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     return ExportReport(
-        output=output, manifest=manifest, num_bytes=num_bytes, verification=verification, sparsity=reference.sparsity
+        output=output,
+        manifest=manifest,
+        num_bytes=num_bytes,
+        verification=verification,
+        sparsity=reference.sparsity,
+        notes=origin.notes(weights),
     )
 
 
@@ -217,7 +225,7 @@ def _disk_bytes(source: Source, weights: str) -> int:
 def _save_configs(source: Source, config: Any, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    shutil.copyfile(source.folder / "config.json", folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
     if (source.folder / "generation_config.json").is_file():
         shutil.copyfile(source.folder / "generation_config.json", folder / "generation_config.json")
     else:
