@@ -11,7 +11,6 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from edge_runtime.config import GenerationConfig
-from edge_runtime.engine import random_source
 from edge_runtime.model import Rows
 from edge_runtime.paged_model import PagedModel
 from edge_runtime.sampling import Sampler, top_logprobs
@@ -41,7 +40,7 @@ class BatchAnswer:
         self.top_logprobs: list[list[tuple[int, float]]] = []
         self.is_done = False
         self._config = config
-        self._sampler = Sampler(config, prompt_ids, random_source(config.seed))
+        self._sampler = Sampler(config, prompt_ids)
 
     def take(self, row: Rows, stop_token_ids: Collection[int]) -> None:
         """Draw the next token from its logits, (1, V)."""
@@ -97,6 +96,9 @@ def write_batch(
         prompts: Token ids, at least one each; with its answer each fits the context.
         configs: One for each prompt; stop strings and drafting are not for batches.
         stop_token_ids: Ids that end an answer.
+
+    Raises:
+        LogitsError: No token can be drawn for one of the answers.
     """
     answers = [BatchAnswer(ids, config) for ids, config in zip(prompts, configs, strict=True)]
     longest = max(len(ids) + config.max_new_tokens for ids, config in zip(prompts, configs, strict=True))

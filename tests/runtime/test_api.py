@@ -11,7 +11,7 @@ import pytest
 
 from edge_runtime.api import EdgeLLM
 from edge_runtime.config import GenerationConfig, LoadConfig
-from edge_runtime.errors import ConfigError, ContextOverflowError
+from edge_runtime.errors import ConfigError, ContextOverflowError, LogitsError
 from edge_runtime.stream import GenerationResult
 from edge_runtime.tokenizer import ROLES
 from tests.runtime.fakes import LETTERS, blended_table, make_engine, make_llm, random_table
@@ -307,3 +307,18 @@ def test_option_is_honoured_while_speculating(option, tmp_path):
         return llm.generate(PROMPT, **{"max_new_tokens": 20, "num_draft_tokens": 2, **options})
 
     assert HONOURED[option](ask)
+
+
+@pytest.mark.parametrize("attention", ["stock", "block_sparse"])
+@pytest.mark.parametrize("precision", ["f32", "auto"])
+def test_answer_after_nan_keys_is_that_of_a_fresh_model(attention, precision):
+    """The request that met them ends with an error, and nothing of them is left in what the next one reads."""
+    llm, fresh = (EdgeLLM.load(precision=precision, attention=attention) for _ in range(2))
+    ids, options = list(range(300, 380)), {"max_new_tokens": 12, "ignore_eos": True}
+    stream = llm.stream(ids, **options)
+    next(stream)
+    for tensor in llm.engine.target.model.cache.tensors:
+        tensor.data.view(np.uint8)[...] = 0xFF
+    with pytest.raises(LogitsError, match="the model's largest logit is nan"):
+        stream.finish()
+    assert llm.generate(ids, **options).token_ids == fresh.generate(ids, **options).token_ids
