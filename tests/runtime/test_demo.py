@@ -50,7 +50,7 @@ def test_seeded_answers_are_the_same_whatever_is_drafted(pair, prompt):
     """Pacing follows the clock, so drafting that consumed random numbers gave a seed several answers."""
     options = {"max_new_tokens": 30, "temperature": 1.0, "ignore_eos": True}
     drafting = [{"num_draft_tokens": 1}, {"num_draft_tokens": 6}, {}, {"lookup": True}]
-    for seed in range(4):
+    for seed in range(2):
         plain = pair.generate(prompt, seed=seed, num_draft_tokens=0, **options)
         for asked in drafting:
             assert pair.generate(prompt, seed=seed, **asked, **options).token_ids == plain.token_ids

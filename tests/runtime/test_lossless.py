@@ -193,7 +193,7 @@ def test_every_filter_and_penalty_is_lossless(options):
 def test_seeded_sampling_is_lossless(name):
     """Over all seeds, through drafted blocks: neighbouring seeds and positions must be independent of each other."""
     engine, wanted = make_engine(TARGET, DRAFT), plain_distribution(**FILTERS[name])
-    assert_same_distribution(engine, wanted, 3000, coupling="seeded", num_draft_tokens=3, **FILTERS[name])
+    assert_same_distribution(engine, wanted, 2000, coupling="seeded", num_draft_tokens=3, **FILTERS[name])
 
 
 @pytest.mark.parametrize("with_draft", [False, True])
@@ -285,9 +285,9 @@ def test_seeded_text_is_the_same_whatever_is_drafted(drafter, options):
     draft, drafting = DRAFTERS[drafter]
     engine, plain = make_engine(TARGET, draft), make_engine(TARGET)
     prompt = [*PROMPT, 7, 2, *PROMPT, 7]
-    for seed in range(10):
+    for seed in range(4):
         wanted = run(plain, prompt, seed=seed, num_draft_tokens=0, **options)
-        for num_draft_tokens in (1, 2, 3, 5, 8, "auto"):
+        for num_draft_tokens in (1, 3, 8, "auto"):
             request = {"seed": seed, "num_draft_tokens": num_draft_tokens, **drafting, **options}
             assert run(engine, prompt, **request) == wanted
 
