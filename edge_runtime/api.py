@@ -166,7 +166,8 @@ class EdgeLLM:
         self._check_ids("logit_bias", config.logit_bias)
         if config.num_draft_tokens not in ("auto", 0) and not self.engine.sources(config):
             raise ConfigError(
-                f"num_draft_tokens is {config.num_draft_tokens}, but nothing drafts", "load a draft, or set `lookup`"
+                f"num_draft_tokens is {config.num_draft_tokens}, but no draft model is loaded and `lookup` is off",
+                "load a draft, or set `lookup`",
             )
 
     def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
@@ -174,7 +175,7 @@ class EdgeLLM:
         for token_id in token_ids:
             if not 0 <= token_id < vocab_size:
                 raise ConfigError(
-                    f"{name} holds token id {token_id}, the model's ids go from 0 to {vocab_size - 1}",
+                    f"{name} holds token id {token_id}, expected an id from 0 to {vocab_size - 1}",
                     "use the model's own tokenizer",
                 )
 

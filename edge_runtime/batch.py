@@ -1,7 +1,7 @@
 """Several answers at once: one forward carries a token of each, so that the weights are read once for all of them.
 
-Nobody waits for these answers, so nothing is drafted: a batch keeps the processor busy by itself. Each answer has its
-own options and random numbers and is what `Engine` would write alone, but for the rounding of wider matrix products.
+For offline work. Batching already saturates the CPU, so drafting is off. Each answer has its own options and random
+numbers, and equals what `Engine` would write alone, but for the rounding of wider matrix products.
 """
 
 from __future__ import annotations

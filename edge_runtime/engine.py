@@ -244,6 +244,6 @@ def check_prompt(prompt_ids: list[int], context_length: int, longest: int | None
     if len(prompt_ids) >= context_length:
         load = f", or load the model with `context_length` up to {longest}" if (longest or 0) > context_length else ""
         raise ContextOverflowError(
-            f"the prompt has {len(prompt_ids)} tokens, the model's context holds {context_length}",
+            f"the prompt has {len(prompt_ids)} tokens, but the model's context holds {context_length}",
             f"shorten it to at most {context_length - 1} tokens{load}",
         )

@@ -35,7 +35,7 @@ WANTED = (
 """Files of a model folder; the rest of a repository stays on the hub."""
 
 TIMEOUT_S = 10
-TRY_AGAIN = "check the connection and try again: files that are complete are kept"
+TRY_AGAIN = "check the connection and run the command again; complete files are kept"
 
 
 class Pulled(NamedTuple):
@@ -108,7 +108,7 @@ def _finish(partial: Path, folder: Path, sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
         path = partial / name
         if not path.is_file() or path.stat().st_size != size:
-            raise DownloadError(f"`{name}` is not complete", TRY_AGAIN)
+            raise DownloadError(f"the download of `{name}` is incomplete", TRY_AGAIN)
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -132,15 +132,15 @@ def _hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
         ) from error
     except errors.GatedRepoError as error:
         raise DownloadError(
-            f"`{hub_id}` asks for its licence to be accepted", "accept it on the model's page, then run `hf auth login`"
+            f"`{hub_id}` requires its licence to be accepted", "accept it on the model's page, then run `hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise DownloadError(f"`{hub_id}` has no revision `{revision}`", "leave out `--revision`") from error
     except errors.RepositoryNotFoundError as error:
         raise DownloadError(
-            f"the hub has no model `{hub_id}`", "check the spelling; a private one needs `hf auth login`"
+            f"the model hub has no model `{hub_id}`", "check the spelling; a private model needs `hf auth login`"
         ) from error
     except errors.OfflineModeIsEnabled as error:
-        raise DownloadError("the hub is switched off by HF_HUB_OFFLINE", "unset that variable") from error
+        raise DownloadError("HF_HUB_OFFLINE is set, so the model hub cannot be used", "unset HF_HUB_OFFLINE") from error
     except (transport_error, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
-        raise DownloadError(f"{constants.ENDPOINT} cannot be reached: {error}", TRY_AGAIN) from error
+        raise DownloadError(f"the model hub {constants.ENDPOINT} cannot be reached: {error}", TRY_AGAIN) from error

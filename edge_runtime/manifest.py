@@ -189,7 +189,8 @@ def _from_manifest(path: Path) -> Manifest:
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise ModelFormatError(
-            f"`{path}` has format version {version}, this edge-run reads {FORMAT_VERSION}", "export the model again"
+            f"`{path}` has format version {version}, but this edge-run reads version {FORMAT_VERSION}",
+            "export the model again",
         )
     known = {f.name for f in fields(Manifest)}
     unknown = sorted(set(content) - known)
@@ -221,7 +222,9 @@ def _from_config(folder: Path) -> Manifest:
             source=config.get("_name_or_path", ""),
         )
     except (AttributeError, TypeError) as error:
-        raise ModelFormatError(f"`{folder / 'config.json'}` cannot be used: {error}", "copy it again") from error
+        raise ModelFormatError(
+            f"`{folder / 'config.json'}` cannot be used: {error}", "copy the model folder again"
+        ) from error
 
 
 def _first_known(name: str, *sources: dict[str, Any]) -> Any:

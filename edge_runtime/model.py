@@ -35,7 +35,7 @@ class CausalModel(Protocol):
     def rollback(self, num_tokens: int) -> int:
         """Keep the first `num_tokens` tokens and forget the rest; return how many are kept.
 
-        These or none: a layer with a window no longer has the keys that a token far back would see.
+        Returns num_tokens, or 0 if a windowed layer has already freed keys that position needs.
         """
 
     def reserve(self, num_tokens: int) -> None:

@@ -32,7 +32,7 @@ from edge_runtime.tokenizer import TOKENIZER_NAME
 if TYPE_CHECKING:
     import torch
 
-HINT = "give the same options to go on with it, or remove the folder"
+HINT = "give the same options to resume it, or remove the folder"
 HELD_OUT_WINDOWS = 32
 """Most windows on which perplexity is measured before and after."""
 WARMUP = 0.1

@@ -67,7 +67,7 @@ class WeightFormat:
                 f"group_size is {self.group_size}, expected at least {SMALLEST_GROUP}, or -1 for whole channels"
             )
         if self.symmetric and self.weights not in ("int8", "int4"):
-            raise ConfigError(f"symmetric was asked for with {self.weights} weights", "it serves int8 and int4")
+            raise ConfigError(f"symmetric has no effect on {self.weights} weights", "use it with int8 or int4 weights")
         if self.calibration_method not in CALIBRATION_METHODS:
             raise ConfigError(
                 f"calibration_method is {self.calibration_method!r}, expected {' or '.join(CALIBRATION_METHODS)}"

@@ -134,7 +134,7 @@ def export_model(
     mlp_form = MlpFormat(mlp=mlp, cats=cats, cats_method=cats_method)
     mlp_form.check(weights, group_size, calibration_text)
     if calibration_text and weights != "int4" and cats is None:
-        raise ConfigError(f"calibration_text was given with {weights} weights", "it serves int4: add --weights int4")
+        raise ConfigError(f"calibration_text has no effect on {weights} weights", "add --weights int4 or --cats")
     if mlp_form.is_fused:
         ov_kernels.add_to(core(), required=True)
     check_output(output, overwrite=overwrite)
@@ -268,7 +268,9 @@ def _convert(
     """Return the graph before compression, and what the source says to `token_ids`."""
     if source.onnx:
         if mlp_form.cats is not None:
-            raise ExportError("cats needs the PyTorch model, an ONNX graph was given", "export the original folder")
+            raise ExportError(
+                "cats needs a PyTorch model, but the source is an ONNX graph", "export the original folder"
+            )
         model = onnx_source.load(source)
         reference = _Reference(
             token_ids=token_ids,
@@ -306,9 +308,11 @@ def _pattern(source: Source, config: Any, words: str | None) -> AttentionPattern
         entry = getattr(config, CONFIG_ENTRY, None)
         return AttentionPattern.from_json(entry) if entry else None
     if source.onnx:
-        raise ExportError("attention needs the PyTorch model, an ONNX graph was given", "export the original folder")
+        raise ExportError(
+            "attention needs a PyTorch model, but the source is an ONNX graph", "export the original folder"
+        )
     if of_config(config) is not None:
-        raise ConfigError("the model's layers see a part of the context already", "export it without --attention")
+        raise ConfigError("the model already has an attention pattern", "export it without --attention")
     layers, _, kv_heads = shape_of(config)
     pattern = parse_pattern(words, layers, kv_heads)
     check_fits(pattern, config)

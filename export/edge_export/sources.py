@@ -165,7 +165,7 @@ def unsupported(source: Source) -> ExportError:
     return ExportError(
         f"model_type `{source.model_type}` is not supported, expected {_families()} or another decoder "
         "that optimum-intel exports",
-        "the list is in models.md",
+        "models.md lists the supported families",
     )
 
 
@@ -187,14 +187,14 @@ def _download(hub_id: str) -> Path:
         return folder if list(folder.glob(_WEIGHTS[0])) else fetch(*_TEXT_FILES, _WEIGHTS[1])
     except GatedRepoError as error:
         raise DownloadError(
-            f"`{hub_id}` is given out only to users who accepted its licence",
+            f"`{hub_id}` requires its licence to be accepted",
             "accept it on the model's page and log in with `hf auth login`",
         ) from error
     except RepositoryNotFoundError as error:
-        raise DownloadError(f"the hub has no model `{hub_id}`, nor is there such a folder") from error
+        raise DownloadError(f"no folder named `{hub_id}`, and the model hub has no such model") from error
     except (LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise DownloadError(
-            f"`{hub_id}` is no folder here, and the model hub cannot be reached",
+            f"no folder named `{hub_id}`, and the model hub cannot be reached",
             "check the network, or give the path of a folder",
         ) from error
 

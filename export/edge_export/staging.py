@@ -54,7 +54,7 @@ def disk_full_is_said(output: Path) -> Iterator[None]:
     except Exception as error:
         if _is_disk_full(error, output):
             raise ExportError(
-                f"the disk of `{output}` is full or refuses to be written",
+                f"cannot write `{output}`: the disk is full or read-only",
                 "free some space, or put the output on another disk",
             ) from error
         raise

@@ -141,7 +141,7 @@ def train(
     """
     if len(windows) < config.batch_size:
         raise ConfigError(
-            f"the text gives {len(windows)} windows, a batch has {config.batch_size}",
+            f"the text has {len(windows)} windows, but a batch needs {config.batch_size}",
             "give more text, or --batch-size 1",
         )
     run = _Run(model, windows, out, config, loss)

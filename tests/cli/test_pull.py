@@ -75,7 +75,7 @@ def test_broken_download_is_kept_and_resumed(hub, edge_run, tmp_path):
     hub.breaks_after = 2
     done = edge_run("pull", "owner/name")
     assert (done.code, done.out) == (1, "")
-    assert "try again" in done.err.splitlines()[1]
+    assert "run the command again" in done.err.splitlines()[1]
     assert names(tmp_path) == {"name.partial"}
     hub.breaks_after = 99
     assert edge_run("pull", "owner/name").code == 0
@@ -97,7 +97,7 @@ def test_incomplete_file_is_not_taken_for_a_model(hub, edge_run, tmp_path, monke
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda hub_id, local_dir, **_: local_dir.mkdir())
     done = edge_run("pull", "owner/name")
     assert done.code == 1
-    assert "is not complete" in done.err
+    assert "is incomplete" in done.err
     assert names(tmp_path) == {"name.partial"}
 
 
@@ -127,7 +127,7 @@ def test_repository_without_an_openvino_model(hub, edge_run, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "code", "said"),
     [
-        (errors.RepositoryNotFoundError, 1, "the hub has no model `owner/name`"),
+        (errors.RepositoryNotFoundError, 1, "the model hub has no model `owner/name`"),
         (errors.GatedRepoError, 1, "licence"),
         (errors.RevisionNotFoundError, 1, "has no revision `v9`"),
         (errors.HfHubHTTPError, 1, "cannot be reached"),

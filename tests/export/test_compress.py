@@ -166,7 +166,7 @@ def test_calibration_text_that_is_too_short_is_refused():
         ({"weights": "int5"}, "weights is 'int5', expected f32, f16, bf16, int8 or int4"),
         ({"weights": "int4", "group_size": 0}, "group_size is 0, expected at least 8"),
         ({"weights": "int4", "group_size": -2}, "group_size is -2"),
-        ({"weights": "fp16", "symmetric": True}, "symmetric was asked for with fp16 weights"),
+        ({"weights": "fp16", "symmetric": True}, "symmetric has no effect on fp16 weights"),
         ({"weights": "int4", "calibration_method": "magic"}, "calibration_method is 'magic', expected gptq or awq"),
     ],
 )
@@ -176,5 +176,5 @@ def test_format_that_does_not_exist_is_refused(options, message):
 
 
 def test_calibration_without_int4_is_refused(tiny_hf, tmp_path):
-    with pytest.raises(ConfigError, match="calibration_text was given with int8 weights"):
+    with pytest.raises(ConfigError, match="calibration_text has no effect on int8 weights"):
         export_model(tiny_hf("llama"), tmp_path / "ir", weights="int8", calibration_text=tmp_path / "text.txt")

@@ -167,7 +167,7 @@ def test_a_full_disk_is_one_line(recipe, tmp_path, monkeypatch):
 
 def test_a_start_with_another_vocabulary_is_refused(recipe, tmp_path):
     other = make_hf_model("llama", tmp_path / "other", vocab_size=400)
-    with pytest.raises(ModelPairError, match="vocabulary of 400, the target's is 384"):
+    with pytest.raises(ModelPairError, match="vocabulary of 400, but the target's has 384"):
         train_draft(dataclasses.replace(recipe, start=other), tmp_path / "draft")
 
 
@@ -227,7 +227,7 @@ def test_too_little_text_is_refused(recipe, tmp_path, content, message):
     ("name", "content", "message"),
     [
         ("a.txt", "\n", "holds no prompt"),
-        ("a.jsonl", '{"text": 1}', r"line 1 of .* is no prompt"),
+        ("a.jsonl", '{"text": 1}', r"line 1 of .* is not a prompt"),
         ("a.jsonl", "x", r"line 1 of .* is not JSON"),
     ],
 )

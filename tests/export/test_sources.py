@@ -172,8 +172,11 @@ class _Response:
         (errors.LocalEntryNotFoundError("no network"), "the model hub cannot be reached"),
         (ConnectionError("no route"), "the model hub cannot be reached"),
         (httpx.ReadTimeout("slow"), "the model hub cannot be reached"),
-        (errors.RepositoryNotFoundError("404", response=_Response()), "the hub has no model `someone/some-model`"),
-        (errors.GatedRepoError("403", response=_Response()), "only to users who accepted its licence"),
+        (
+            errors.RepositoryNotFoundError("404", response=_Response()),
+            "no folder named `someone/some-model`, and the model hub has no such model",
+        ),
+        (errors.GatedRepoError("403", response=_Response()), "requires its licence to be accepted"),
     ],
 )
 def test_hub_failure_says_what_to_do(monkeypatch, error, message):

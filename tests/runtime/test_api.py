@@ -59,8 +59,8 @@ def test_prompt_as_text_and_as_ids_are_the_same(llm):
         (b"abc", "the prompt is b'abc', expected text or token ids"),
         ([1.5], "the prompt holds 1.5, expected text or token ids"),
         (["a"], "the prompt holds 'a', expected text or token ids"),
-        ([1, 24], "the prompt holds token id 24, the model's ids go from 0 to 23"),
-        ([-1], "the prompt holds token id -1, the model's ids go from 0 to 23"),
+        ([1, 24], "the prompt holds token id 24, expected an id from 0 to 23"),
+        ([-1], "the prompt holds token id -1, expected an id from 0 to 23"),
     ],
 )
 def test_bad_prompt_is_refused_before_anything_runs(llm, prompt, told):
@@ -72,7 +72,7 @@ def test_bad_prompt_is_refused_before_anything_runs(llm, prompt, told):
 
 def test_prompt_that_fills_the_context_is_refused(tmp_path):
     llm = make_llm(tmp_path, make_engine(TARGET, context_length=10))
-    with pytest.raises(ContextOverflowError, match="the prompt has 10 tokens, the model's context holds 10"):
+    with pytest.raises(ContextOverflowError, match="the prompt has 10 tokens, but the model's context holds 10"):
         llm.generate("a" * 10)
 
 
@@ -220,13 +220,13 @@ def test_unknown_option_names_the_nearest(llm):
 @pytest.mark.parametrize("options", [{"stop_token_ids": [24]}, {"logit_bias": {24: 1.0}}])
 def test_token_id_that_the_model_lacks_is_refused(llm, options):
     """It would never stop anything, and bias nothing."""
-    with pytest.raises(ConfigError, match="holds token id 24, the model's ids go from 0 to 23"):
+    with pytest.raises(ConfigError, match="holds token id 24, expected an id from 0 to 23"):
         llm.generate(PROMPT, **options)
 
 
 def test_drafting_without_a_draft_is_refused(plain):
     """Plain decoding would be something else than was asked for."""
-    with pytest.raises(ConfigError, match="num_draft_tokens is 4, but nothing drafts") as caught:
+    with pytest.raises(ConfigError, match="num_draft_tokens is 4, but no draft model is loaded") as caught:
         plain.generate(PROMPT, num_draft_tokens=4)
     assert caught.value.hint
     for options in ({"num_draft_tokens": 0}, {"num_draft_tokens": "auto"}, {"num_draft_tokens": 4, "lookup": True}):

@@ -232,7 +232,7 @@ def test_prompt_is_refused_where_no_answer_fits():
     engine = make_engine(TARGET, context_length=10)
     with pytest.raises(ConfigError, match="prompt is empty"):
         run(engine, [])
-    with pytest.raises(ContextOverflowError, match="the prompt has 10 tokens, the model's context holds 10"):
+    with pytest.raises(ContextOverflowError, match="the prompt has 10 tokens, but the model's context holds 10"):
         run(engine, [1] * 10)
     assert len(run(engine, [1] * 9, max_new_tokens=5)) == 1
 

@@ -80,7 +80,7 @@ class CatsAdaptation:
         self.thresholds = read_thresholds(work)[2]
         names = [name for name in TARGETS if any(module.endswith(name) for module, _ in model.named_modules())]
         if not names:
-            raise ExportError(f"the model has none of {', '.join(TARGETS)}, which recovery trains")
+            raise ExportError(f"the model has none of {', '.join(TARGETS)}, which train cats adapts")
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=names, task_type="CAUSAL_LM"
         )

@@ -36,7 +36,7 @@ from edge_runtime.errors import ConfigError
 
 MAY_CHANGE = ("stages", "device", "start")
 """Options that may differ between the runs of one training."""
-HINT = "give the same options to go on with it, or another output folder"
+HINT = "give the same options to resume it, or another output folder"
 
 
 def train_draft(recipe: DraftRecipe, out: Path, on_progress: OnProgress = lambda *_: None) -> Path | None:
@@ -100,9 +100,9 @@ class _Training:
         target = open_target(recipe.target, self._work)
         context = target.manifest.context_length
         if recipe.window and context and recipe.window > context:
-            raise ConfigError(f"window is {recipe.window}, the target's context holds {context}")
+            raise ConfigError(f"window is {recipe.window}, expected at most the target's context of {context} tokens")
         if recipe.chat and not target.has_chat_template:
-            raise ConfigError("the target has no chat template", "leave out --chat: prompts are plain text then")
+            raise ConfigError("the target has no chat template", "leave out --chat to send the prompts as plain text")
         return target
 
     def _run_stage(self, stage: str) -> None:
@@ -210,7 +210,9 @@ class _Training:
 
         done = [self._work / stage for stage in STAGES if (self._work / stage / "model").is_dir()]
         if not done:
-            raise ConfigError("no stage was run, so there is no draft", "name stages that have data")
+            raise ConfigError(
+                "no stage was run, so there is no draft", "choose --stages for which text or prompts are given"
+            )
         self._on_progress("export", 0, 1, "")
         for path in (done[-1] / "model").iterdir():
             shutil.copyfile(path, self._out / path.name)

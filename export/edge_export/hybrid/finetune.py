@@ -59,12 +59,16 @@ class HybridAdaptation:
         """
         pattern, context = self._pattern(config), self.context or config.max_position_embeddings
         if (natural := of_config(config)) is not None and natural != pattern:
-            raise ConfigError("the model's layers see a part of the context already", "start from a dense model")
+            raise ConfigError("the model already has an attention pattern", "start from a dense model")
         if window is not None and window > context:
-            raise ConfigError(f"window is {window} tokens, the context {context}", "give a longer --context")
+            raise ConfigError(
+                f"window is {window} tokens, expected at most the context of {context}", "give a longer --context"
+            )
         kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         if (context > config.max_position_embeddings or self.rope_theta) and kind != "default":
-            raise ConfigError(f"the model's rope is {kind}, expected the default one", "give a model without scaling")
+            raise ConfigError(
+                f"the model uses {kind} RoPE scaling, which training does not support", "use a model without it"
+            )
 
     def _pattern(self, config: Any) -> AttentionPattern:
         layers, _, kv_heads = shape_of(config)
