@@ -1,7 +1,7 @@
 """Download OpenVINO model folders from the Hugging Face hub.
 
-A download goes to `FOLDER.partial` and takes its name once every file is there in full: a folder without that ending
-is complete. A second call keeps the files that the first one finished.
+A download goes to `FOLDER.partial/files`, which takes its name once every file is there in full: a folder without that
+ending is complete. A second call keeps the files that the first one finished.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from edge_runtime.errors import ConfigError, DownloadError
 from edge_runtime.manifest import MANIFEST_NAME, MODEL_NAME
+from edge_runtime.outputs import check_output, check_work_folder, claimed
 
 WANTED = (
     MODEL_NAME,
@@ -59,12 +60,13 @@ def pull(hub_id: str, output: Path | None = None, revision: str | None = None) -
         revision: Branch, tag or commit; the hub's default branch by default.
 
     Raises:
-        ConfigError: `output` exists already, or `hub_id` is not one.
+        ConfigError: `output` exists already or another process is making it, or `hub_id` is not one.
         DownloadError: The hub cannot be reached, or has no such model for us.
     """
     folder = output or Path(hub_id.split("/")[-1])
     if folder.exists():
         raise ConfigError(f"`{folder}` exists already", "remove it, or name another folder with `-o FOLDER`")
+    place = check_output(folder)
     with _hub_errors(hub_id, revision):
         commit, sizes = _list_files(hub_id, revision)
     if MODEL_NAME not in sizes:
@@ -72,10 +74,12 @@ def pull(hub_id: str, output: Path | None = None, revision: str | None = None) -
             f"`{hub_id}` holds no {MODEL_NAME}, so it is not an OpenVINO model",
             f"convert it: `edge-run export {hub_id}`",
         )
-    partial = folder.with_name(folder.name + ".partial")
-    with _hub_errors(hub_id, revision):
-        _download(hub_id, commit, list(sizes), partial)
-    _finish(partial, folder, sizes)
+    partial = place.with_name(place.name + ".partial")
+    check_work_folder(partial)
+    with claimed(partial):
+        with _hub_errors(hub_id, revision):
+            _download(hub_id, commit, list(sizes), partial / "files")
+        _finish(partial / "files", place, sizes)
     return Pulled(folder, commit)
 
 

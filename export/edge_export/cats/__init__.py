@@ -58,16 +58,14 @@ class MlpFormat:
         method = None if self.cats is None else self.cats_method
         return MlpFacts(kind="fused", activation_sparsity=self.cats, method=method)
 
-    def check(self, weights: str, group_size: int, calibration_text: str | Path | None) -> None:
-        """Raise ConfigError where the other options of the export do not fit."""
+    def check_weights(self, weights: str) -> None:
+        """Raise ConfigError where the op does not hold such weights."""
         if self.is_fused and weights not in ("bf16", "int8", "int4"):
             raise ConfigError(f"weights is {weights}, but fused MLPs need bf16, int8 or int4", "use --weights int8")
-        if self.is_fused and weights == "int4" and group_size != -1 and group_size % GROUP:
-            raise ConfigError(
-                f"group_size is {group_size}, but fused MLPs need a multiple of {GROUP}, or -1",
-                f"use --group-size {GROUP}, or export without --mlp fused",
-            )
-        if self.cats is not None and calibration_text is None:
+
+    def check_calibration(self, text: str | Path | None) -> None:
+        """Raise ConfigError where thresholds are to be found and there is no text."""
+        if self.cats is not None and text is None:
             raise ConfigError(
                 "cats needs a calibration text to find its thresholds on, and none is given",
                 "add --calibration-text FILE, a text like what the model will read",

@@ -65,6 +65,9 @@ class CatsAdaptation:
         names = ("cats", "method", "rank", "alpha", "dropout", "loss_name")
         return {name: getattr(self, name) for name in names}
 
+    def check_early(self, config: dict[str, Any]) -> None:
+        """Do nothing, as `check`."""
+
     def check(self, config: Any, window: int | None) -> None:
         """Do nothing: any gated MLP will do, which the loaded model shows."""
 

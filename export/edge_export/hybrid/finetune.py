@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_export.corpus import Windows
-from edge_export.hybrid.patterns import check_fits, of_config, parse_pattern, shape_of
+from edge_export.hybrid.patterns import check_fits, check_words, of_config, parse_pattern, shape_of
 from edge_export.hybrid.torch_attention import use_pattern
 from edge_export.train import next_token_loss
 from edge_runtime.attention import AttentionPattern
@@ -49,6 +49,14 @@ class HybridAdaptation:
             "rope_theta": self.rope_theta,
             "is_from_scratch": self.is_from_scratch,
         }
+
+    def check_early(self, config: dict[str, Any]) -> None:
+        """Refuse a pattern that config.json shows not to fit.
+
+        Raises:
+            ConfigError: Its words are not known, or its layers or heads are not the model's.
+        """
+        check_words(self.attention, config)
 
     def check(self, config: Any, window: int | None) -> None:
         """Refuse what a model of this transformers config, trained on windows of this length, cannot have.

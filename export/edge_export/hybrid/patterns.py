@@ -64,6 +64,21 @@ def parse_pattern(words: str, num_layers: int, num_kv_heads: int) -> AttentionPa
     return made
 
 
+def check_words(words: str, config: dict[str, Any]) -> None:
+    """Refuse what `parse_pattern` would, as far as the content of a config.json shows it, before torch is imported.
+
+    Raises:
+        ConfigError: The pattern is not known, or does not fit the model.
+    """
+    text = config.get("text_config") or config
+    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    sizes = [int(text[name]) for name in names if isinstance(text.get(name), int)]
+    if len(sizes) == len(names):  # what a config.json leaves out, its class knows
+        layers, heads, kv_heads = sizes
+        for layer in parse_pattern(words, layers, kv_heads).patterns:
+            layer.check(heads, kv_heads)
+
+
 def _nearest(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1)
     return f"did you mean `{near[0]}`?" if near else f"for example `{known[0]}`"
