@@ -27,12 +27,8 @@ class _Options:
     """Construct a dataclass from a caller's keywords, naming what is wrong with them."""
 
     @classmethod
-    def from_options(cls, base: Self | None = None, /, **options: Any) -> Self:
+    def from_options(cls, **options: Any) -> Self:
         """Build the config from keyword options.
-
-        Args:
-            base: Values of the options that are not given; None for the defaults.
-            **options: Fields of the config.
 
         Raises:
             ConfigError: An option is unknown (the nearest name is suggested) or has a bad value.
@@ -45,17 +41,7 @@ class _Options:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean `{near[0]}`?" if near else f"known options: {', '.join(known)}"
                 raise ConfigError(f"unknown option `{name}`", hint)
-        if base is None:
-            return cls(**options)
-        if not isinstance(base, cls):
-            told = f"config is {base!r:.60}, expected a {cls.__name__}"
-            raise ConfigError(told, f"options are keywords, such as {known[0]}=…")
-        return dataclasses.replace(base, **options)  # type: ignore[type-var]
-
-    def _make_numbers_plain(self) -> None:
-        """Turn numbers of other libraries into Python's: numpy's would change the arithmetic that they meet."""
-        for option in dataclasses.fields(self):  # type: ignore[arg-type]
-            object.__setattr__(self, option.name, _plain(getattr(self, option.name)))
+        return cls(**options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +56,7 @@ class LoadConfig(_Options):
         kv_precision: Storage of keys and values. `auto` is f32 with `precision="f32"`, else u8. The NPU computes and
             stores in f16; a draft there does so whatever is asked of the target, whose answers it cannot change.
         activation_group_size: CPU: activations that share a scale when they are rounded to int8 for the product with
-            int8 or int4 weights; 0 disables rounding. None is 0 with `precision="f32"`, where verifying a block is to
+            int8 or int4 weights; 0 for not rounded. None is 0 with `precision="f32"`, where verifying a block is to
             equal plain decoding, and else 128 or the weights' group. Rounding makes blocks and prompts much faster.
         num_threads: CPU threads; 0 for the device's choice (one for models too small to share).
         prefill_chunk_size: Prompt tokens per forward: bounds memory and how long a cancel can take. On NPU a power of
@@ -122,7 +108,6 @@ class LoadConfig(_Options):
                 raise ConfigError(f"npu_step_tokens is {self.npu_step_tokens}, expected 1 or a multiple of 8")
         if self.cache_dir is not None:
             _path("cache_dir", self.cache_dir)
-        self._make_numbers_plain()
 
     def for_target(self, has_draft: bool) -> Self:
         """Return what the target is compiled with."""
@@ -151,8 +136,7 @@ class GenerationConfig(_Options):
         presence_penalty: Subtracted from the logit of every token already generated.
         frequency_penalty: Subtracted once for each time that the token was generated.
         logit_bias: Token id to a number added to its logit; -inf forbids it.
-        seed: Fixes the random numbers of each position, so that the answer is the same however it is drafted; None
-            draws new ones, with which more drafts are accepted.
+        seed: Of the random generator; None draws one.
         stop: Strings that end the text; they are not part of it.
         stop_token_ids: Ids that end the answer beside the model's own.
         ignore_eos: Go on past the model's own end-of-text tokens (for measurements).
@@ -190,7 +174,7 @@ class GenerationConfig(_Options):
         _integer("top_k", self.top_k, 0)
         _within("top_p", self.top_p, 0, 1, low_open=True)
         _within("min_p", self.min_p, 0, 1)
-        _within("repetition_penalty", self.repetition_penalty, 1 / _LARGEST, _LARGEST)
+        _within("repetition_penalty", self.repetition_penalty, 0, _LARGEST, low_open=True)
         _within("presence_penalty", self.presence_penalty, -_LARGEST, _LARGEST)
         _within("frequency_penalty", self.frequency_penalty, -_LARGEST, _LARGEST)
         _logit_bias("logit_bias", self.logit_bias)
@@ -205,7 +189,6 @@ class GenerationConfig(_Options):
             _integer("num_draft_tokens", self.num_draft_tokens, 0, 64)
         _integer("max_draft_tokens", self.max_draft_tokens, 1, 64)
         _flag("lookup", self.lookup)
-        self._make_numbers_plain()
 
     @property
     def is_greedy(self) -> bool:
@@ -215,17 +198,6 @@ class GenerationConfig(_Options):
 
 _LARGEST = 1e30
 """Bound of what has none: it keeps infinity and NaN out of float32 arithmetic."""
-
-
-def _plain(value: Any) -> Any:
-    """Return a number, or those within a tuple or dictionary, as Python's int or float; anything else as it is."""
-    if isinstance(value, tuple):
-        return tuple(map(_plain, value))
-    if isinstance(value, dict):
-        return {_plain(key): _plain(entry) for key, entry in value.items()}
-    if type(value) in (bool, int, float):
-        return value
-    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
 
 
 def _is_a(kind: type, value: Any) -> bool:
@@ -292,5 +264,5 @@ def _path(name: str, value: Any) -> None:
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
+    if value not in choices:
         raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(choices)}")

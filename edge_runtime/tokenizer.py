@@ -7,10 +7,8 @@ came with a downloaded model.
 from __future__ import annotations
 
 import datetime
-import difflib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -26,10 +24,6 @@ if TYPE_CHECKING:
 TOKENIZER_NAME = "tokenizer.json"
 REPLACEMENT = "\ufffd"
 """Stands for bytes that are no character, or not yet."""
-
-
-ROLES = ("system", "user", "assistant", "tool", "developer", "function")
-"""What a message may be from, for every model; its template decides which of them it takes."""
 
 
 class Message(TypedDict):
@@ -95,31 +89,13 @@ class Tokenizer:
         entry: str | None = self._tokenizer.id_to_token(token_id)
         return entry
 
-    def token_id(self, token: str) -> int | None:
-        """Return the id of a vocabulary entry; None where it is none."""
-        token_id: int | None = self._tokenizer.token_to_id(token)
-        return token_id
-
-    def special_token(self, name: str) -> str | None:
-        """Return the token that has a role, such as `eos_token`; None where none has it."""
-        return self._special_tokens().get(name)
-
-    @property
-    def added_token_ids(self) -> frozenset[int]:
-        """The ids of tokens that stand for themselves and not for words: special and other added ones."""
-        return frozenset(self._tokenizer.get_added_tokens_decoder())
-
     @property
     def has_chat_template(self) -> bool:
         """Whether the model says how a chat is written."""
         return self._template is not None
 
-    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a chat, ending where the assistant's answer begins.
-
-        Args:
-            messages: The chat so far.
-            add_generation_prompt: False for a chat that ends with its last message.
 
         Raises:
             ConfigError: The model has no template, or the template refuses these messages.
@@ -129,26 +105,18 @@ class Tokenizer:
         for message in messages:
             if not isinstance(message, Mapping) or not message.keys() >= {"role", "content"}:
                 raise ConfigError(f"a message is {message!r:.60}, expected a dictionary with role and content")
-            self._check_role(message["role"])
         if self._template is None:
             raise ConfigError(
                 f"the model in `{self._path.parent}` has no chat template", "use `edge-run generate`, or a chat model"
             )
         try:
             text = _compile_template(self._template).render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special_tokens()
+                messages=list(messages), add_generation_prompt=True, **self._special_tokens()
             )
         except (jinja2.TemplateError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"the model's chat template refuses these messages: {reason}") from error
         return self.encode(text, add_special_tokens=False)
-
-    def _check_role(self, role: Any) -> None:
-        """Refuse a role that most templates would render as it is, misspelt or not, and the model has never seen."""
-        if role not in ROLES and not re.search(rf"(['\"]){re.escape(str(role))}\1", self._template or ""):
-            near = difflib.get_close_matches(str(role), ROLES, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else "a role of the model's own must stand in its chat template"
-            raise ConfigError(f"a message has role {role!r:.60}, expected one of {', '.join(ROLES)}", hint)
 
     def _special_tokens(self) -> dict[str, str]:
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
