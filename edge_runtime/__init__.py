@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM
+    from edge_runtime.chat_template import Message
     from edge_runtime.config import GenerationConfig, LoadConfig
     from edge_runtime.errors import EdgeError
     from edge_runtime.metrics import Metrics
     from edge_runtime.stream import GenerationResult, TextChunk, TextStream
-    from edge_runtime.tokenizer import Message
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ _MODULES = {
     "GenerationConfig": "config",
     "GenerationResult": "stream",
     "LoadConfig": "config",
-    "Message": "tokenizer",
+    "Message": "chat_template",
     "Metrics": "metrics",
     "TextChunk": "stream",
     "TextStream": "stream",

@@ -2,12 +2,12 @@
 
     llm = EdgeLLM.load()  # the embedded pair; or EdgeLLM.load("target", draft="draft")
     result = llm.generate("Once upon a time", max_new_tokens=50)
-    with llm.stream("Once upon a time", temperature=0.7, seed=1) as stream:
-        for chunk in stream:
-            print(chunk.text, end="")
+    for chunk in llm.stream("Once upon a time", temperature=0.7, seed=1):
+        print(chunk.text, end="")
     answer = llm.chat([{"role": "user", "content": "Tell me a story"}])
 
-Options are those of `config.GenerationConfig`; an unknown one raises and suggests the nearest.
+Options are those of `config.GenerationConfig`, for chats also those of `chat_config.ChatConfig`; an unknown one raises
+and suggests the nearest.
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from edge_runtime.chat_config import ChatConfig
 from edge_runtime.config import GenerationConfig, LoadConfig
 from edge_runtime.demo import or_demo
 from edge_runtime.devices import check_device
 from edge_runtime.drafters import DraftModel
 from edge_runtime.engine import Engine, check_prompt
 from edge_runtime.errors import ConfigError
-from edge_runtime.forks import HomeProcess
 from edge_runtime.manifest import Manifest, load_manifest
 from edge_runtime.model import CachedModel
 from edge_runtime.stream import GenerationResult, TextStream
 from edge_runtime.turns import Turns
 
 if TYPE_CHECKING:
-    from edge_runtime.tokenizer import Message, Tokenizer
+    from edge_runtime.chat_template import Message
+    from edge_runtime.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 
@@ -46,8 +48,7 @@ class EdgeLLM:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, manifest: Manifest, load_s: float) -> None:
         self.engine, self.tokenizer, self.manifest, self.load_s = engine, tokenizer, manifest, load_s
-        self._home = HomeProcess(engine)
-        self.turns = Turns(self._home)
+        self.turns = Turns()
 
     @classmethod
     def load(
@@ -71,6 +72,8 @@ class EdgeLLM:
         """
         started = time.perf_counter()
         config = LoadConfig.from_options(device=device, **options)
+        _check_path("model", model)
+        _check_path("draft", draft)
         model, draft = or_demo(model, draft)
         folder = Path(model)
         manifest = load_manifest(folder)
@@ -92,41 +95,45 @@ class EdgeLLM:
 
     def warm_up(self) -> None:
         """Prepare the target's weights for its first run, where there is time between loading and the first request."""
-        self.generate([0], max_new_tokens=1, num_draft_tokens=0)  # a request, since others may have come first
+        self.engine.target.warm_up()
 
-    def generate(self, prompt: Prompt, **options: Any) -> GenerationResult:
+    def generate(self, prompt: Prompt, config: GenerationConfig | None = None, **options: Any) -> GenerationResult:
         """Continue a prompt.
 
         Args:
             prompt: Text, or token ids.
-            **options: Fields of `config.GenerationConfig`.
+            config: Options made once for several requests; None for the defaults.
+            **options: Fields of `config.GenerationConfig`, which go before those of `config`.
 
         Raises:
             ConfigError: An option is unknown or has a bad value, or the prompt is empty.
             ContextOverflowError: The prompt does not fit the context.
         """
-        return self.stream(prompt, **options).finish()
+        return self.stream(prompt, config, **options).finish()
 
     def stream(
-        self, prompt: Prompt, on_prefill: Callable[[int, int], None] | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        config: GenerationConfig | None = None,
+        *,
+        on_prefill: Callable[[int, int], None] | None = None,
+        **options: Any,
     ) -> TextStream:
         """Continue a prompt piece by piece; takes what `generate` takes.
 
         Args:
             prompt: Text, or token ids.
+            config: Options made once for several requests; None for the defaults.
             on_prefill: Called with the prompt's tokens done and wanted while a long prompt is read.
-            **options: Fields of `config.GenerationConfig`.
+            **options: Fields of `config.GenerationConfig`, which go before those of `config`.
 
         Returns:
-            An iterator of chunks, whose `result` is complete once it is exhausted, closed or cancelled. In a `with`
-            statement it is closed however its reader leaves.
-
-        Raises:
-            EdgeError: The process is a fork of the one that loaded the model.
+            An iterator of chunks, whose `result` is complete once it is exhausted, closed or cancelled.
         """
-        self._home.check()
-        config = GenerationConfig.from_options(**options)
+        config = GenerationConfig.from_options(config, **options)
         self._check_config(config)
+        if on_prefill is not None and not callable(on_prefill):
+            raise ConfigError(f"on_prefill is {on_prefill!r:.60}, expected a function of two numbers")
         if isinstance(prompt, str) and not prompt:
             raise ConfigError("the prompt is empty", "give at least one character")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
@@ -134,18 +141,27 @@ class EdgeLLM:
         self._check_ids("the prompt", ids)
         return TextStream(self, ids, config, on_prefill)
 
-    def chat(self, messages: str | Sequence[Message], **options: Any) -> GenerationResult:
+    def chat(
+        self, messages: str | Sequence[Message], config: GenerationConfig | None = None, **options: Any
+    ) -> GenerationResult:
         """Answer a chat: the messages so far, or one user message. Earlier turns are not computed again.
 
-        Raises:
-            ConfigError: The model has no chat template, or one of `generate`'s reasons.
-        """
-        return self.stream_chat(messages, **options).finish()
+        Args:
+            messages: Dictionaries with role and content, or text.
+            config: Options made once for several requests; None for the defaults.
+            **options: Fields of `chat_config.ChatConfig`, and of `config.GenerationConfig` as for `generate`.
 
-    def stream_chat(self, messages: str | Sequence[Message], **options: Any) -> TextStream:
+        Raises:
+            ConfigError: The model has no chat template, a message is not one, or one of `generate`'s reasons.
+        """
+        return self.stream_chat(messages, config, **options).finish()
+
+    def stream_chat(
+        self, messages: str | Sequence[Message], config: GenerationConfig | None = None, **options: Any
+    ) -> TextStream:
         """Answer a chat piece by piece; takes what `chat` takes."""
-        turns: Sequence[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        return self.stream(self.tokenizer.apply_chat_template(turns), **options)
+        chat, rest = ChatConfig.split(options)
+        return self.stream(self.tokenizer.apply_chat_template(_as_messages(messages), chat), config, **rest)
 
     def stop_token_ids(self, config: GenerationConfig) -> tuple[int, ...]:
         """Return the ids that end an answer of this request."""
@@ -218,12 +234,29 @@ def _load_model(folder: Path, manifest: Manifest, config: LoadConfig) -> CachedM
     return CachedModel(PagedModel(folder, manifest, device, config), config.prefill_chunk_size)
 
 
+def _check_path(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, (str, PathLike)):
+        raise ConfigError(f"{name} is {value!r:.60}, expected a model folder")
+
+
+def _as_messages(messages: Any) -> list[Message]:
+    """Return a chat as a list; text is one message of the user."""
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    if isinstance(messages, (bytes, bytearray, Mapping)) or not isinstance(messages, Iterable):
+        raise ConfigError(f"the chat is {messages!r:.60}, expected text or a list of messages")
+    turns = list(messages)
+    if not turns:
+        raise ConfigError("the chat holds no message", 'give at least one: {"role": "user", "content": "…"}')
+    return turns
+
+
 def _as_ids(prompt: Any) -> list[int]:
     """Return a prompt that is not text as token ids."""
     if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
-        raise ConfigError(f"the prompt is a {type(prompt).__name__}, expected text or token ids")
+        raise ConfigError(f"the prompt is {prompt!r:.60}, expected text or token ids")
     ids = list(prompt)
     for token_id in ids:
         if not isinstance(token_id, Integral):
-            raise ConfigError(f"the prompt holds {token_id!r}, expected text or token ids")
+            raise ConfigError(f"the prompt holds {token_id!r:.60}, expected text or token ids")
     return [int(token_id) for token_id in ids]

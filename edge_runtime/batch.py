@@ -53,7 +53,7 @@ class BatchAnswer:
 
 
 class SequenceBatch:
-    """Sequences that share a model's cache, each in blocks of its own, until the model serves something else.
+    """Sequences that share a model's cache, each in blocks of its own. The model serves nothing else meanwhile.
 
     Args:
         model: Whose caches they share.
@@ -65,7 +65,7 @@ class SequenceBatch:
         self._model = model
         self._held = np.zeros(count, np.int32)
         self._blocks = np.arange(count * model.blocks_for(num_tokens), dtype=np.int32).reshape(count, -1)
-        model.reserve_sequences(self._blocks.size)
+        model.cache.reserve_blocks(self._blocks.size)
 
     def forward(self, sequences: Sequence[int], token_ids: Sequence[list[int]]) -> Rows:
         """Append tokens to some of the sequences; return the logits after the last of each, (len(sequences), V).
@@ -93,7 +93,7 @@ def write_batch(
     """Continue several prompts at once, each until a stop token or its `max_new_tokens`.
 
     Args:
-        model: Serves nothing else meanwhile; what it held before is forgotten.
+        model: Serves nothing else meanwhile, and afterwards only batches.
         prompts: Token ids, at least one each; with its answer each fits the context.
         configs: One for each prompt; stop strings and drafting are not for batches.
         stop_token_ids: Ids that end an answer.

@@ -23,12 +23,16 @@ NPU_VERIFIED_TOKENS = 8
 however many it was given (NPUW on CPU, 2 cores, 33 MB of int8 weights)."""
 
 
-class _Options:
+class KeywordOptions:
     """Construct a dataclass from a caller's keywords, naming what is wrong with them."""
 
     @classmethod
-    def from_options(cls, **options: Any) -> Self:
+    def from_options(cls, base: Self | None = None, /, **options: Any) -> Self:
         """Build the config from keyword options.
+
+        Args:
+            base: Values of the options that are not given; None for the defaults.
+            **options: Fields of the config.
 
         Raises:
             ConfigError: An option is unknown (the nearest name is suggested) or has a bad value.
@@ -41,11 +45,21 @@ class _Options:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean `{near[0]}`?" if near else f"known options: {', '.join(known)}"
                 raise ConfigError(f"unknown option `{name}`", hint)
-        return cls(**options)
+        if base is None:
+            return cls(**options)
+        if not isinstance(base, cls):
+            told = f"config is {base!r:.60}, expected a {cls.__name__}"
+            raise ConfigError(told, f"options are keywords, such as {known[0]}=…")
+        return dataclasses.replace(base, **options)  # type: ignore[type-var]
+
+    def _make_numbers_plain(self) -> None:
+        """Turn numbers of other libraries into Python's: numpy's would change the arithmetic that they meet."""
+        for option in dataclasses.fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, option.name, _plain(getattr(self, option.name)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadConfig(_Options):
+class LoadConfig(KeywordOptions):
     """How models are compiled.
 
     Attributes:
@@ -108,6 +122,7 @@ class LoadConfig(_Options):
                 raise ConfigError(f"npu_step_tokens is {self.npu_step_tokens}, expected 1 or a multiple of 8")
         if self.cache_dir is not None:
             _path("cache_dir", self.cache_dir)
+        self._make_numbers_plain()
 
     def for_target(self, has_draft: bool) -> Self:
         """Return what the target is compiled with."""
@@ -123,7 +138,7 @@ class LoadConfig(_Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationConfig(_Options):
+class GenerationConfig(KeywordOptions):
     """What one request asks for.
 
     Attributes:
@@ -180,7 +195,7 @@ class GenerationConfig(_Options):
         _logit_bias("logit_bias", self.logit_bias)
         if self.seed is not None:
             _integer("seed", self.seed, 0)
-        _flag("ignore_eos", self.ignore_eos)
+        check_flag("ignore_eos", self.ignore_eos)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, 100)
         if self.num_draft_tokens != "auto":
@@ -188,7 +203,8 @@ class GenerationConfig(_Options):
                 raise ConfigError(f"num_draft_tokens is {self.num_draft_tokens!r}, expected `auto` or a number")
             _integer("num_draft_tokens", self.num_draft_tokens, 0, 64)
         _integer("max_draft_tokens", self.max_draft_tokens, 1, 64)
-        _flag("lookup", self.lookup)
+        check_flag("lookup", self.lookup)
+        self._make_numbers_plain()
 
     @property
     def is_greedy(self) -> bool:
@@ -198,6 +214,17 @@ class GenerationConfig(_Options):
 
 _LARGEST = 1e30
 """Bound of what has none: it keeps infinity and NaN out of float32 arithmetic."""
+
+
+def _plain(value: Any) -> Any:
+    """Return a number, or those within a tuple or dictionary, as Python's int or float; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, dict):
+        return {_plain(key): _plain(entry) for key, entry in value.items()}
+    if type(value) in (bool, int, float):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
 
 
 def _is_a(kind: type, value: Any) -> bool:
@@ -223,7 +250,8 @@ def _integer(name: str, value: Any, low: int, high: float = float("inf")) -> Non
     _within(name, value, low, high)
 
 
-def _flag(name: str, value: Any) -> None:
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} is {value!r}, expected True or False")
 
@@ -264,5 +292,5 @@ def _path(name: str, value: Any) -> None:
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(choices)}")

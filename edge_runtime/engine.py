@@ -124,6 +124,8 @@ class _Request:
         room = self._target.model.context_length - len(prompt_ids)
         self._end = len(prompt_ids) + min(config.max_new_tokens, room)
         metrics.prompt_tokens = len(prompt_ids)
+        for source in self._sources:
+            source.drafter.start(prompt_ids)
 
     def run(self) -> Iterator[Token]:
         """Prefill, then step until the end."""
@@ -135,7 +137,7 @@ class _Request:
             rows = self._step()
 
     def _prefill(self) -> Rows:
-        self._take_over()
+        self._engine.current = self
         self._target.model.reserve(min(self._end, len(self._ids) + 1024))
         self._metrics.reused_tokens = self._target.align(self._ids)
         rows = self._target.catch_up(self._ids, self._metrics.reused_tokens, self._on_chunk)
@@ -165,14 +167,10 @@ class _Request:
 
     def _resume(self) -> None:
         """Read the sequence again, after another request used the models."""
-        self._take_over()
         self._target.catch_up(self._ids[:-1], 0, self._on_chunk)
-
-    def _take_over(self) -> None:
-        """Use the models from now on; first of all, so that who used them knows it even where this is interrupted."""
-        self._engine.current = self
         for source in self._sources:
             source.drafter.start(self._ids)
+        self._engine.current = self
 
     def _propose(self) -> tuple[Proposal, _Source | None, int]:
         """Ask the sources in turn; return the first draft with its source and the tokens it had to read before."""

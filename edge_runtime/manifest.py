@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from edge_runtime import strict_json
 from edge_runtime.attention import AttentionPattern
 from edge_runtime.errors import ConfigError, ModelFormatError
 
@@ -85,7 +84,7 @@ class Manifest:
         for optional in ("mlp", "attention"):
             if content[optional] is None:
                 del content[optional]  # readers that do not know the entry refuse it
-        temporary.write_text(strict_json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder / MANIFEST_NAME)
 
 

@@ -2,9 +2,7 @@
 
 `CausalModel` is what a device implementation provides (`paged_model.py`). `CachedModel` adds what all of them need: the
 ids of the tokens whose keys and values are held, so that a new prompt that starts like the last one (the next turn of a
-chat) is not computed again, and a stopped or cancelled request leaves nothing to repair. Nor does an interrupted one:
-how many tokens are held is known by the model alone, and ids are noted before they are computed, so that those of the
-tokens held are right at every moment at which an exception may come.
+chat) is not computed again, and a stopped or cancelled request leaves nothing to repair.
 """
 
 from __future__ import annotations
@@ -24,14 +22,12 @@ class CausalModel(Protocol):
     Attributes:
         vocab_size: V, the width of the logits.
         context_length: Most tokens that fit.
+        num_tokens: Tokens whose keys and values are held.
     """
 
     vocab_size: int
     context_length: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens whose keys and values are held; true even where a call was interrupted."""
+    num_tokens: int
 
     def forward(self, token_ids: list[int], num_rows: int) -> Rows:
         """Append T tokens and return the logits of the last `num_rows`, (num_rows, V): valid until the next call."""
@@ -61,17 +57,18 @@ class CachedModel:
     def __init__(self, model: CausalModel, chunk_size: int) -> None:
         self.model = model
         self._chunk_size = chunk_size
-        self._ids: list[int] = []  # of the tokens held, and after them perhaps some that no longer are
+        self._ids: list[int] = []
 
     @property
     def token_ids(self) -> list[int]:
-        """Ids of the tokens held."""
-        return self._ids[: self.model.num_tokens]
+        """Ids of the tokens held; not to be modified."""
+        return self._ids
 
     def forward(self, token_ids: list[int], num_rows: int = 1) -> Rows:
         """Append tokens; return the last `num_rows` rows of logits, (num_rows, V), valid until the next call."""
-        self._ids[self.model.num_tokens :] = token_ids
-        return self.model.forward(token_ids, num_rows)
+        rows = self.model.forward(token_ids, num_rows)
+        self._ids += token_ids
+        return rows
 
     def warm_up(self) -> None:
         """Run one token: plugins pack weights in the first run, which nobody should wait for in an answer."""
@@ -81,8 +78,8 @@ class CachedModel:
 
     def rollback(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens, or none where the model has not kept what they see; forget the rest."""
-        if num_tokens < self.model.num_tokens:
-            self.model.rollback(num_tokens)
+        if num_tokens < len(self._ids):
+            del self._ids[self.model.rollback(num_tokens) :]
 
     def shared(self, token_ids: list[int], start: int = 0) -> int:
         """Return how many leading tokens of `token_ids` are held already.
@@ -91,7 +88,7 @@ class CachedModel:
             token_ids: The sequence that is to be continued; at least its last token is left to be fed.
             start: Tokens known to be equal.
         """
-        limit = min(self.model.num_tokens, len(token_ids) - 1)
+        limit = min(len(self._ids), len(token_ids) - 1)
         same = min(start, limit)
         while same < limit and self._ids[same] == token_ids[same]:
             same += 1
@@ -100,7 +97,7 @@ class CachedModel:
     def align(self, token_ids: list[int], start: int = 0) -> int:
         """Forget all that does not start `token_ids`; return how many tokens are held after that."""
         self.rollback(self.shared(token_ids, start))
-        return self.model.num_tokens
+        return len(self._ids)
 
     def catch_up(
         self, token_ids: list[int], start: int = 0, on_chunk: Callable[[int, int], None] | None = None

@@ -1,36 +1,28 @@
-"""Text to token ids and back: tokenizer.json, the chat template, and decoding that never cuts a character.
+"""Text to token ids and back: tokenizer.json, chats, and decoding that never cuts a character.
 
-The `tokenizers` library does the work; jinja2 renders chat templates in its sandbox, because a template is code that
-came with a downloaded model.
+The `tokenizers` library does the work; what a model's tokenizer and chat template may cost is bounded.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
+import dataclasses
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
 
 import tokenizers
 
+from edge_runtime import tokenizer_limits
+from edge_runtime.chat_config import ChatConfig
+from edge_runtime.chat_template import ChatTemplate, Message
 from edge_runtime.errors import ConfigError, ModelFormatError, ModelPairError
 from edge_runtime.manifest import read_json
-
-if TYPE_CHECKING:
-    import jinja2
+from edge_runtime.plain_messages import PlainMessages
 
 TOKENIZER_NAME = "tokenizer.json"
 REPLACEMENT = "\ufffd"
 """Stands for bytes that are no character, or not yet."""
-
-
-class Message(TypedDict):
-    """One turn of a chat."""
-
-    role: str
-    content: str
 
 
 class Tokenizer:
@@ -40,7 +32,7 @@ class Tokenizer:
         folder: Holds tokenizer.json, and tokenizer_config.json and a chat template where the model has them.
 
     Raises:
-        ModelFormatError: tokenizer.json is missing or damaged.
+        ModelFormatError: tokenizer.json is missing, damaged or out of all proportion, or a chat template is unreadable.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,26 +42,39 @@ class Tokenizer:
                 f"`{folder}` holds no {TOKENIZER_NAME}",
                 "copy it from the original model, or export the model again",
             )
+        tokenizer_limits.check_file(self._path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(self._path))
         except Exception as error:  # the library raises bare Exception for every kind of damage
             raise ModelFormatError(f"`{self._path}` is damaged: {error}", "copy it from the original model") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._config = read_json(folder / "tokenizer_config.json")
-        self._template = _read_template(folder, self._config)
+        tokenizer_limits.check_growth(self._tokenizer, self._path)
+        self._may_be_slow = tokenizer_limits.may_be_slow(self._tokenizer)
+        self._template = ChatTemplate(folder, read_json(folder / "tokenizer_config.json"))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a text.
 
         Raises:
-            ConfigError: It is no Unicode text.
+            ConfigError: It is no Unicode text, or the tokenizer cannot cope with it.
         """
+        ids: list[int] = self._encode(text, add_special_tokens).ids
+        return ids
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        tokenizer_limits.check_text(text)
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            if not self._may_be_slow:
+                return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            encode = functools.partial(self._tokenizer.encode_batch, add_special_tokens=add_special_tokens)
+            return tokenizer_limits.within_limit(lambda: encode([text])[0], len(text))  # a batch releases Python's lock
         except TypeError as error:  # not a string, or half of a surrogate pair
             raise ConfigError(f"the text {text!r:.60} cannot be encoded: it is not valid Unicode") from error
-        return ids
+        except BaseException as error:  # the library's panics are no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ConfigError(f"the model's tokenizer fails on this text: {error}") from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens left out."""
@@ -89,39 +94,52 @@ class Tokenizer:
         entry: str | None = self._tokenizer.id_to_token(token_id)
         return entry
 
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a vocabulary entry; None where it is none."""
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        return token_id
+
+    def special_token(self, name: str) -> str | None:
+        """Return the token that has a role, such as `eos_token`; None where none has it."""
+        return self._template.special_tokens.get(name)
+
+    @property
+    def added_token_ids(self) -> frozenset[int]:
+        """The ids of tokens that stand for themselves and not for words: special and other added ones."""
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the model says how a chat is written."""
-        return self._template is not None
+        return self._template.is_there
 
-    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
+    def apply_chat_template(
+        self, messages: Sequence[Message], config: ChatConfig | None = None, *, add_generation_prompt: bool = True
+    ) -> list[int]:
         """Return the ids of a chat, ending where the assistant's answer begins.
+
+        Args:
+            messages: The chat so far.
+            config: How the messages are written; None for the defaults.
+            add_generation_prompt: False for a chat that ends with its last message.
 
         Raises:
             ConfigError: The model has no template, or the template refuses these messages.
         """
-        import jinja2
+        config = config or ChatConfig()
+        render = functools.partial(self._template.render, add_generation_prompt=add_generation_prompt)
+        plain, given = self._plain_messages, (messages, config.tools, config.documents)
+        mark = None if config.special_tokens_in_messages else plain.find_mark(*given)
+        if mark is None:
+            return self.encode(render(messages, config), add_special_tokens=False)
+        messages, tools, documents = (plain.mark(value, mark) for value in given)
+        text = render(messages, dataclasses.replace(config, tools=tools, documents=documents))
+        text = text.replace(f"\\u{ord(mark):04x}", mark)  # as a template writes it in JSON for readers of ASCII
+        return plain.encode(self._encode(text, add_special_tokens=False), text, mark)
 
-        for message in messages:
-            if not isinstance(message, Mapping) or not message.keys() >= {"role", "content"}:
-                raise ConfigError(f"a message is {message!r:.60}, expected a dictionary with role and content")
-        if self._template is None:
-            raise ConfigError(
-                f"the model in `{self._path.parent}` has no chat template", "use `edge-run generate`, or a chat model"
-            )
-        try:
-            text = _compile_template(self._template).render(
-                messages=list(messages), add_generation_prompt=True, **self._special_tokens()
-            )
-        except (jinja2.TemplateError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"the model's chat template refuses these messages: {reason}") from error
-        return self.encode(text, add_special_tokens=False)
-
-    def _special_tokens(self) -> dict[str, str]:
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        values = {name: self._config.get(name) for name in names}
-        return {n: v["content"] if isinstance(v, dict) else v for n, v in values.items() if v is not None}
+    @functools.cached_property
+    def _plain_messages(self) -> PlainMessages:
+        return PlainMessages(self._tokenizer, self._template.special_tokens.values())
 
     def check_same_vocabulary(self, draft: Tokenizer) -> None:
         """Refuse a draft whose token ids mean something else.
@@ -184,46 +202,3 @@ class TextDecoder:
 
 def _entries(tokenizer: tokenizers.Tokenizer) -> dict[int, str]:
     return {token_id: token for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items()}
-
-
-def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, list):  # several named ones: the default is for chatting
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
-    return template
-
-
-def _compile_template(template: str) -> jinja2.Template:
-    """Compile a chat template with the names and settings that transformers gives it."""
-    from jinja2 import nodes
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class GenerationTag(Extension):
-        """`{% generation %}` marks the assistant's words for training; here its content is plain text."""
-
-        tags = {"generation"}  # noqa: RUF012 - the base class wants a set
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
-    return environment.from_string(template)

@@ -182,8 +182,7 @@ class WholeModel:
         model.cache.hold(past, end)
         for tensor in model.cache.tensors:
             tensor.data.fill(0)
-        self._past = past
-        model.assume(past)
+        self._past = model.num_tokens = past
 
     def step(self, count: int) -> None:
         """Compute `count` tokens after those held."""

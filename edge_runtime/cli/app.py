@@ -17,6 +17,7 @@ from typer.utils import get_params_from_function
 
 from edge_runtime import __version__
 from edge_runtime.cli import console
+from edge_runtime.cli.options import ADVANCED, COMMON
 from edge_runtime.errors import ConfigError, EdgeError
 
 COMMANDS = (
@@ -36,8 +37,8 @@ COMMANDS = (
 )
 """Each is the function of its name in the module of its name, with `_` for the space."""
 
-FAMILIES = {"train": "Train a model.", "bench": "Measure what a technique brings, beside its baselines."}
-"""First words of commands of two words, and what `edge-run --help` says of them."""
+FAMILIES = {"train": "Train a model.", "bench": "Measure a technique beside its baselines."}
+"""First words of commands of two words, and their help."""
 
 DEBUG = "--debug"
 HELP_FLAGS = ["-h", "--help"]
@@ -96,17 +97,14 @@ class Commands(TyperGroup):
 
 
 def grouped(parameters: list[Any]) -> dict[str, list[Any]]:
-    """Return parameters by heading: arguments first, options without a heading of their own last."""
-    groups: dict[str, list[Any]] = {"Arguments": []}
-    options = []
+    """Return parameters by heading: arguments, common options, those with a heading of their own, the rare ones."""
+    groups: dict[str, list[Any]] = {"Arguments": [], COMMON: []}
     for parameter in parameters:
-        if parameter.param_type_name == "argument":
-            groups["Arguments"].append(parameter)
-        elif title := getattr(parameter, "rich_help_panel", None):
-            groups.setdefault(title, []).append(parameter)
-        else:
-            options.append(parameter)
-    return {title: members for title, members in {**groups, "Options": options}.items() if members}
+        is_argument = parameter.param_type_name == "argument"
+        title = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or COMMON
+        groups.setdefault(title, []).append(parameter)
+    rare = groups.pop(ADVANCED, [])
+    return {title: members for title, members in {**groups, ADVANCED: rare}.items() if members}
 
 
 def load_command(name: str) -> Any:
@@ -184,8 +182,10 @@ def _invoke(args: list[str]) -> int:
 
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option(DEBUG, help="Show where an error comes from; may stand anywhere.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[
+        bool, typer.Option(DEBUG, help="Print the traceback of an error; may stand anywhere in the command.")
+    ] = False,
 ) -> None:
     """Fast, private, lossless language models on this computer."""
     if version:
@@ -220,11 +220,15 @@ def _explain(error: Exception, file: str | None = None) -> _Failure:
     if isinstance(error, MemoryError):
         return _Failure("not enough memory", "use a smaller model, or close other programs", 1)
     kind = type(error).__name__
-    return _Failure(f"internal error: {kind}: {error}", f"`edge-run {DEBUG} …` shows where; please report it", 1)
+    return _Failure(
+        f"internal error: {kind}: {error}",
+        f"this is a fault of edge-run: `edge-run {DEBUG} …` prints the traceback for a report",
+        1,
+    )
 
 
 def _explain_usage(error: Any) -> _Failure:
-    help_hint = f"`{error.ctx.command_path} --help` lists what there is" if error.ctx else None
+    help_hint = f"`{error.ctx.command_path} --help` lists the options" if error.ctx else None
     option = getattr(error, "option_name", None)
     near = getattr(error, "possibilities", None)
     if option and near is not None:

@@ -11,43 +11,49 @@ import typer
 
 from edge_runtime.bench.settings import AttentionSettings
 from edge_runtime.cli import INTERRUPTED, console
+from edge_runtime.cli.options import ADVANCED
 
 _LEGEND = """
-edge       our op; s2/N: one block of N is seen beside the window, a different one by each KV head
+edge       edge-run's op; s2/N keeps one block in N beside the window, a different one for each KV head
 genai      OpenVINO's PagedAttention, which openvino.genai runs
-of full    full attention of the same impl / this; expected: by the keys that are seen, and a model's weights
-prefill    the whole prompt, from chunks timed at places of it; decode: one token after it
+of full    time of full attention in the same op / this time; expected: computed from the keys and weights read
+prefill    the whole prompt, estimated from chunks timed along it; decode: one token after it
 (from-to)  10th to 90th percentile"""
+
+
+def _option(metavar: str, help: str) -> Any:
+    return typer.Option(metavar=metavar, help=help, rich_help_panel=ADVANCED)
 
 
 def bench_attention(
     model: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Measure this model too: its weights with each pattern in turn."),
+        typer.Option(metavar="FOLDER", help="Also measure this model, with each attention pattern in turn."),
     ] = None,
-    context: Annotated[list[int] | None, typer.Option(metavar="N", help="Tokens. Repeatable.")] = None,
-    stride: Annotated[
-        list[int] | None, typer.Option(metavar="N", help="Of S2-Attention, in blocks. Repeatable.")
+    context: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Context length to measure, in tokens. Repeatable.")
     ] = None,
-    window: Annotated[int, typer.Option(metavar="N", help="Of S2-Attention, in tokens.")] = AttentionSettings.window,
-    kept: Annotated[
-        int, typer.Option(metavar="N", help="Tokens that a sparse layer of LongGen keeps.")
-    ] = AttentionSettings.kept,
-    chunk: Annotated[int, typer.Option(metavar="N", help="Tokens of a step of prefill.")] = AttentionSettings.chunk,
-    heads: Annotated[int, typer.Option(metavar="H", help="Of the one layer.")] = AttentionSettings.num_heads,
-    kv_heads: Annotated[int, typer.Option(metavar="H", help="Of the one layer.")] = AttentionSettings.num_kv_heads,
-    head_size: Annotated[int, typer.Option(metavar="D", help="Of the one layer.")] = AttentionSettings.head_size,
-    rounds: Annotated[int, typer.Option(metavar="N", help="Runs of each that count.")] = AttentionSettings.rounds,
-    longest_peer: Annotated[
-        int, typer.Option(metavar="N", help="Leave OpenVINO's op out beyond so many tokens, where it takes minutes.")
-    ] = AttentionSettings.longest_peer,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also draw time by context: a png, svg or pdf.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw time against context length, as a png, svg or pdf file."),
     ] = None,
+    stride: Annotated[
+        list[int] | None, _option("N", "Stride of S2-Attention: it keeps one block in N. Repeatable.")
+    ] = None,
+    window: Annotated[int, _option("N", "Local window of S2-Attention, in tokens.")] = AttentionSettings.window,
+    kept: Annotated[int, _option("N", "Tokens that a sparse layer of LongGen keeps.")] = AttentionSettings.kept,
+    chunk: Annotated[int, _option("N", "Prompt tokens read per step of prefill.")] = AttentionSettings.chunk,
+    heads: Annotated[int, _option("H", "Query heads of the measured layer.")] = AttentionSettings.num_heads,
+    kv_heads: Annotated[int, _option("H", "KV heads of the measured layer.")] = AttentionSettings.num_kv_heads,
+    head_size: Annotated[int, _option("D", "Head size of the measured layer.")] = AttentionSettings.head_size,
+    rounds: Annotated[int, _option("N", "Number of timed runs of each measurement.")] = AttentionSettings.rounds,
+    longest_peer: Annotated[
+        int, _option("N", "Longest context measured in OpenVINO's op, which takes minutes beyond.")
+    ] = AttentionSettings.longest_peer,
 ) -> None:
-    """Measure full attention, LongGen and S2-Attention beside OpenVINO's own, by length of the context: one layer, and
-    a whole model if one is given."""
+    """Measure how attention time grows with the context. Full attention, LongGen and S2-Attention run beside OpenVINO's
+    op, in one layer and, with --model, in a whole model."""
     from edge_runtime.bench.attention import AttentionBench
     from edge_runtime.bench.attention_plot import save_time_plot
     from edge_runtime.bench.plot import check_plot

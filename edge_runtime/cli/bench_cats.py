@@ -14,39 +14,51 @@ from edge_runtime.cli import INTERRUPTED, console
 from edge_runtime.errors import ConfigError
 
 _LEGEND = """
-dense       the op with weights in tiles, which are read whole; cats: with weights that lie neuron by neuron
-dead        share of activations that thresholds drop
-of dense    dense's time / this time
-roofline    weights read / {:.1f} GB/s, a plain read of memory in this run; it bounds few rows
+dense       the fused op, which reads all weights, in tiles; cats: the fused op with weights stored neuron by neuron
+dead        fraction of the neurons that thresholds skip
+of dense    time of dense / time of this row
+roofline    time to read the weights at {:.1f} GB/s, the memory bandwidth measured in this run
 (from-to)   10th to 90th percentile"""
 
 
 def bench_cats(
-    hidden: Annotated[int, typer.Option(metavar="H", help="Inputs and outputs of the MLP.")] = CatsSettings.hidden,
-    ffn: Annotated[int, typer.Option(metavar="F", help="Its neurons.")] = CatsSettings.ffn,
+    hidden: Annotated[
+        int, typer.Option(metavar="H", help="Hidden size: inputs and outputs of the measured MLP.")
+    ] = CatsSettings.hidden,
+    ffn: Annotated[int, typer.Option(metavar="F", help="Number of neurons of the measured MLP.")] = CatsSettings.ffn,
     weights: Annotated[
-        list[str] | None, typer.Option(metavar="TYPE", help="int8, int4 or bf16; the first two by default.")
+        list[str] | None,
+        typer.Option(
+            metavar="TYPE", help="Precision of the weights: int8, int4 or bf16; by default int8 and int4. Repeatable."
+        ),
     ] = None,
-    rows: Annotated[list[int] | None, typer.Option(metavar="N", help="Tokens of a step. Repeatable.")] = None,
+    rows: Annotated[list[int] | None, typer.Option(metavar="N", help="Number of tokens in a step. Repeatable.")] = None,
     sparsity: Annotated[
-        list[float] | None, typer.Option(metavar="S", help="Share of dead activations. Repeatable.")
+        list[float] | None, typer.Option(metavar="S", help="Fraction of the neurons skipped, from 0 to 1. Repeatable.")
     ] = None,
-    rounds: Annotated[int, typer.Option(metavar="N", help="Runs of each cell that count.")] = CatsSettings.rounds,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", help="Number of timed runs of each measurement.")
+    ] = CatsSettings.rounds,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also draw time by sparsity: a png, svg or pdf.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw time against the fraction skipped, as a png, svg or pdf file."),
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Measure this whole model, exported with --cats, in place of one MLP."),
+        typer.Option(metavar="FOLDER", help="Measure a whole model exported with --cats instead of one MLP."),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --model: for perplexity, and what blocks of it read.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text for --model: perplexity, and neurons read by consecutive tokens, are measured on it.",
+        ),
     ] = None,
-    text_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the text that are read.")] = 51_200,
+    text_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Number of tokens of --text to use.")] = 51_200,
 ) -> None:
-    """Measure one gated MLP in OpenVINO's own ops, in our op without thresholds, and with shares of dead neurons, in
-    turns; or a whole model the same ways, with its perplexity."""
+    """Measure how much time skipping neurons saves. One gated MLP runs in turn in OpenVINO's ops, in the fused op, and
+    in the fused op with a fraction of its neurons skipped; with --model, a whole model runs the same ways."""
     if model:
         _bench_model(model, text, text_tokens, plot, as_json)
         return
@@ -87,7 +99,9 @@ def _bench_model(model: Path, text: Path | None, text_tokens: int, plot: Path | 
     from edge_runtime.devices import describe_devices
 
     if text is None or not text.is_file():
-        raise ConfigError(f"the text is `{text}`, expected a file for --model", "add `--text FILE`")
+        raise ConfigError(
+            f"--text is {text and str(text)!r}, expected a file to measure --model on", "add `--text FILE`"
+        )
     if plot:
         check_plot(plot)
     bench = CatsModelBench(model, text, text_tokens)

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 _LENGTHS = ", ".join(map(str, DraftSettings.num_draft_tokens))
 _LEGEND = """
-per step    tokens for each step of the target
-MBSU        per step / (1 + K c); the draft has c = {:.4f} of the target's size
-predicted   speed-up by the cost of single steps
+per step    tokens emitted per step of the target
+MBSU        per step / (1 + K c), with c = {:.4f}, the size of the draft as a fraction of the target's
+predicted   speed-up computed from the measured cost of single steps
 (from-to)   95% interval over prompts
-equal       answers that are, token for token, those of plain decoding"""
+equal       answers that equal plain decoding token for token"""
 # What a table holds, and the least width of a column, so that those of several categories stand below each other.
 _COLUMNS = {
     "drafter": 7,
@@ -42,40 +42,53 @@ _COLUMNS = {
 
 def bench_draft(
     prompts: Annotated[
-        Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` and, if there are kinds, `category`.")
+        Path,
+        typer.Option(metavar="FILE", help="JSON lines file; each line has a `prompt` and, optionally, a `category`."),
     ],
     target: Annotated[
-        Path | None, typer.Option("-m", "--target", metavar="FOLDER", help="The model; by default the embedded one.")
+        Path | None,
+        typer.Option("-m", "--target", metavar="FOLDER", help="Target folder; by default the embedded target."),
     ] = None,
     draft: Annotated[
-        Path | None, typer.Option("-d", "--draft", metavar="FOLDER", help="Its draft; by default the embedded one.")
+        Path | None,
+        typer.Option("-d", "--draft", metavar="FOLDER", help="Draft folder; by default the embedded draft."),
     ] = None,
     num_draft_tokens: Annotated[
         list[int] | None,
-        typer.Option(metavar="K", help=f"Tokens drafted for each step; by default {_LENGTHS}. Repeatable."),
+        typer.Option(metavar="K", help=f"Draft K tokens before each step; by default {_LENGTHS} in turn. Repeatable."),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("-n", "--max-new-tokens", metavar="N", help="Of each answer.")
+        int, typer.Option("-n", "--max-new-tokens", metavar="N", help="Longest answer, in tokens.")
     ] = DraftSettings.max_new_tokens,
     temperature: Annotated[
-        float, typer.Option("-t", "--temperature", metavar="T", help="0 always takes the most likely token.")
+        float,
+        typer.Option(
+            "-t", "--temperature", metavar="T", help="Sampling temperature; 0 always takes the most likely token."
+        ),
     ] = DraftSettings.temperature,
     limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Most prompts of each category; by default all.")
+        int | None, typer.Option(min=1, metavar="N", help="Use at most N prompts of each category; by default all.")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask them as questions, in the chat template.")] = False,
-    device: Annotated[str, typer.Option(metavar="NAME", help="Where both run: CPU, GPU, NPU.")] = LoadConfig.device,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompts as chat messages, in the chat template.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="Device that runs target and draft: CPU, GPU or NPU.")
+    ] = LoadConfig.device,
     precision: Annotated[
         str,
-        typer.Option(metavar="TYPE", help="Arithmetic: auto, f32, bf16, f16. f32 answers must equal plain ones."),
+        typer.Option(
+            metavar="TYPE",
+            help="Arithmetic precision: auto, f32, bf16 or f16; in f32, answers must equal plain decoding.",
+        ),
     ] = LoadConfig.precision,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also draw acceptance and speed-up: a png, svg or pdf.")
+        Path | None, typer.Option(metavar="FILE", help="Also draw acceptance and speed-up, as a png, svg or pdf file.")
     ] = None,
 ) -> None:
-    """Measure acceptance and speed-up of a draft. Plain decoding, prompt lookup and a random draft run beside it, in
-    turns, on every prompt."""
+    """Measure the acceptance and speed-up of a draft. Plain decoding, prompt lookup and a random draft run in turn on
+    the same prompts for comparison."""
     from edge_runtime.bench.draft import DraftBench, relative_size
     from edge_runtime.bench.plot import check_plot, save_plot
     from edge_runtime.bench.prompts import read_prompts
@@ -115,7 +128,7 @@ def bench_draft(
 def _pair(target: Path | None, draft: Path | None) -> tuple[Path, Path]:
     """Return the folders that are named, and the embedded ones for those that are not."""
     if target and not draft:
-        raise ConfigError("no draft is named for this target", "name its folder with `-d FOLDER`")
+        raise ConfigError("--target is given without --draft", "add `-d FOLDER`, a draft of this target")
     named, drafter = or_demo(target, draft)
     assert drafter is not None
     return Path(named), Path(drafter)
@@ -125,7 +138,10 @@ def _check_equality(rows: list[dict[str, Any]]) -> None:
     """Raise EdgeError where greedy answers differ from plain decoding."""
     differing = sum(row["prompts"] - row["equal_to_plain"] for row in rows if row["equal_to_plain"] is not None)
     if differing:
-        raise EdgeError(f"{differing} answers differ from plain decoding in f32", "please report it with the prompts")
+        raise EdgeError(
+            f"{differing} answers differ from plain decoding in f32",
+            "this is a fault of edge-run: please report it with the prompts",
+        )
 
 
 def _print_tables(rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""`edge-run chat`: talk with a model in the terminal.
+"""`edge-run chat`: chat with a model in the terminal.
 
 The whole conversation is sent each time; `EdgeLLM` keeps the keys and values of what it has read before.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import os
 import re
 import sys
 from pathlib import Path
@@ -15,27 +14,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edge_runtime import strict_json
 from edge_runtime.cli import console
 from edge_runtime.cli.options import ModelOptions, with_model_options
 from edge_runtime.cli.running import load_model, run_stream
+from edge_runtime.cli.terminal import without_echo
+from edge_runtime.cli.transcript import read_transcript, write_transcript
 from edge_runtime.errors import ConfigError, ContextOverflowError, EdgeError
 
 if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM
+    from edge_runtime.chat_template import Message
     from edge_runtime.stream import GenerationResult
-    from edge_runtime.tokenizer import Message
 
 BLOCK = '"""'
 """Begins and ends a message of several lines."""
 
 HELP = f"""\
+/help         list these commands
 /undo         take back the last question and its answer
 /reset        forget the conversation, keep the system message
-/system TEXT  say how the model should behave; without a text, leave it to the model
-/stats        what was measured of the last answer
-/save FILE    write the conversation as JSON
-/quit         leave, as Ctrl-D does
+/system TEXT  set the system message, which tells the model how to behave; /system alone removes it
+/stats        show speed, accepted drafts and memory of the last answer
+/save FILE    write the conversation and its system message as JSON; /save alone writes to the last FILE again
+/load FILE    go on with a conversation that /save wrote, in place of this one
+/quit         leave, as /exit and Ctrl-D do
 {BLOCK}           begins and ends a message of several lines
 Ctrl-C        stops an answer and keeps what there is of it"""
 
@@ -44,11 +46,14 @@ MAKE_ROOM = "/undo takes back the last question, /reset starts over"
 
 @with_model_options("logprobs")
 def chat(
-    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="How the model should behave.")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", metavar="TEXT", help="System message, which tells the model how to behave."),
+    ] = None,
     *,
     options: ModelOptions,
 ) -> None:
-    """Talk with a model in the terminal; `/help` there lists what else can be typed."""
+    """Chat with a model in the terminal; type `/help` there for its commands."""
     llm = load_model(options, warm_up=True)
     if not llm.tokenizer.has_chat_template:
         raise ConfigError(
@@ -74,6 +79,7 @@ class Conversation:
         self._llm, self._options, self._system = llm, options, system
         self._messages: list[Message] = []
         self._last: GenerationResult | None = None
+        self._file: Path | None = None
         self._commands = {
             "/help": lambda _: console.note(HELP),
             "/undo": self._undo,
@@ -81,6 +87,7 @@ class Conversation:
             "/system": self._set_system,
             "/stats": self._print_stats,
             "/save": self._save,
+            "/load": self._load,
         }
 
     def run(self) -> None:
@@ -88,17 +95,14 @@ class Conversation:
         while True:
             try:
                 text = read_message()
+                if text.strip() in ("/quit", "/exit"):
+                    return
+                self._take(text)
             except KeyboardInterrupt:
                 console.note("\nCtrl-D or /quit leaves")
-                continue
             except EOFError:
-                if sys.stdin.isatty():
-                    console.note("")  # the shell's prompt begins on a line of its own
+                _end_prompt_line()
                 return
-            if text.strip() in ("/quit", "/exit"):
-                return
-            try:
-                self._take(text)
             except EdgeError as error:
                 hint = MAKE_ROOM if isinstance(error, ContextOverflowError) else error.hint
                 console.print_error(str(error), hint)
@@ -116,9 +120,9 @@ class Conversation:
 
     def _answer(self, text: str) -> None:
         question: Message = {"role": "user", "content": text}
-        system: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
-        turns = [*system, *self._messages, question]
-        result = run_stream(self._llm.stream_chat, turns, console.write, self._options.generation)
+        with without_echo():
+            turns = [*self._transcript(), question]
+            result = run_stream(self._llm.stream_chat, turns, console.write, self._options.generation)
         console.write("\n")
         self._last = result
         if result.text:
@@ -159,19 +163,30 @@ class Conversation:
         else:
             console.note("there is no answer yet")
 
+    def _transcript(self) -> list[Message]:
+        system: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
+        return [*system, *self._messages]
+
     def _save(self, name: str) -> None:
-        if not name:
+        path = Path(name).expanduser() if name else self._file
+        if path is None:
             raise ConfigError("/save is given no file name", "for example: /save story.json")
-        path = Path(name).expanduser()
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            temporary.write_text(
-                strict_json.dumps(self._messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+        if path != self._file and path.exists():
+            raise ConfigError(
+                f"`{path}` exists already", "name a new file; /save replaces only what this chat saved or loaded"
             )
-            os.replace(temporary, path)
-        except OSError as error:
-            raise ConfigError(f"cannot write `{path}`: {error.strerror}", "name another file") from error
+        write_transcript(path, self._transcript())
+        self._file = path
         console.note(f"saved as {path}")
+
+    def _load(self, name: str) -> None:
+        if not name:
+            raise ConfigError("/load is given no file name", "for example: /load story.json")
+        path = Path(name).expanduser()
+        messages = read_transcript(path)
+        self._system = str(messages.pop(0)["content"]) if messages and messages[0]["role"] == "system" else None
+        self._messages, self._file, self._last = messages, path, None
+        console.note(f"loaded {len(messages) // 2} questions and answers from {path}")
 
 
 def read_message() -> str:
@@ -179,14 +194,27 @@ def read_message() -> str:
 
     Raises:
         EOFError: There is no more input.
+        ConfigError: The input ended within a message of several lines, which is dropped.
     """
     line = _read_line("> ")
     if not line.startswith(BLOCK):
         return line
     lines = [line.removeprefix(BLOCK)]
     while not lines[-1].rstrip().endswith(BLOCK):
-        lines.append(_read_line("  "))
+        try:
+            lines.append(_read_line("  "))
+        except EOFError:
+            _end_prompt_line()
+            raise ConfigError(
+                f"the message is dropped: it began with {BLOCK} and was not ended", "end it so too"
+            ) from None
     return "\n".join(lines).rstrip().removesuffix(BLOCK).strip("\n")
+
+
+def _end_prompt_line() -> None:
+    """Let what follows Ctrl-D on a terminal begin on a line of its own."""
+    if sys.stdin.isatty():
+        console.note("")
 
 
 def _read_line(prompt: str) -> str:

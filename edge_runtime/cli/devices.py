@@ -1,4 +1,4 @@
-"""`edge-run devices`: what this computer has, and what OpenVINO picks on it."""
+"""`edge-run devices`: the devices of this computer, and what OpenVINO chooses on each."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 LIBRARIES = ("openvino", "numpy", "tokenizers", "huggingface_hub")
 
 
-def devices(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Show this computer's devices, and what OpenVINO picks on each."""
+def devices(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """List this computer's devices, and the precision and threads that OpenVINO chooses on each."""
     report = {
         "devices": _devices(),
         "kernels": _kernels(),

@@ -9,52 +9,89 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edge_runtime.cli import console
+from edge_runtime.cli.options import ADVANCED
 
 if TYPE_CHECKING:
     from edge_export.cats.calibrate import Sparsity
     from edge_export.convert import ExportReport
 
+_STRUCTURE = "Structure"
+
 
 def export(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Model folder, hub id, or ONNX file or folder.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Hugging Face folder or hub id, or an ONNX file or folder.")
+    ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="To make; by default ./NAME-WEIGHTS.")
+        Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="Output folder; by default ./NAME-WEIGHTS.")
     ] = None,
-    weights: Annotated[str, typer.Option(metavar="TYPE", help="fp32, fp16, bf16, int8 or int4.")] = "int8",
+    weights: Annotated[
+        str, typer.Option(metavar="TYPE", help="Precision of the stored weights: f32, f16, bf16, int8 or int4.")
+    ] = "int8",
     group_size: Annotated[
-        int, typer.Option(metavar="N", help="int4: weights that share a scale; -1 for whole channels.")
+        int,
+        typer.Option(
+            metavar="N",
+            help="Size of a quantisation group of int4 weights; -1 gives each channel one scale.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = 128,
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="int8, int4: no zero points, as NPUs need.")] = False,
+    symmetric: Annotated[
+        bool,
+        typer.Option(
+            "--symmetric",
+            help="Quantise int8 and int4 weights without zero points, as NPUs need.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = False,
     calibration_text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="int4, --cats: fit them to how the model reads this text.")
+        Path | None, typer.Option(metavar="FILE", help="Text file to calibrate int4 weights or --cats thresholds on.")
     ] = None,
     calibration_method: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="int4: gptq, or awq: less exact, four times as fast. gptq by default, none with --cats.",
+            help="Calibration of int4 weights: gptq, or awq, which is four times as fast and less exact; by default "
+            "gptq, with --cats none.",
+            rich_help_panel=ADVANCED,
         ),
     ] = None,
     mlp: Annotated[
-        str, typer.Option(metavar="KIND", help="stock, or fused: each gated MLP one op; with bf16, int8 or int4.")
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="stock, or fused, which runs each gated MLP as one op and needs bf16, int8 or int4 weights.",
+            rich_help_panel=_STRUCTURE,
+        ),
     ] = "stock",
     cats: Annotated[
         float | None,
-        typer.Option(metavar="K", help="Skip this share of the MLPs' neurons at each token, 0 to 1; implies fused."),
+        typer.Option(
+            metavar="K",
+            help="Skip this fraction of the MLP neurons at each token, from 0 to 1; implies --mlp fused.",
+            rich_help_panel=_STRUCTURE,
+        ),
     ] = None,
     cats_method: Annotated[
-        str, typer.Option(metavar="NAME", help="cats: one threshold for each layer; chess: for each neuron.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Thresholds of --cats: one for each layer (cats) or one for each neuron (chess).",
+            rich_help_panel=ADVANCED,
+        ),
     ] = "cats",
     attention: Annotated[
         str | None,
         typer.Option(
-            metavar="PATTERN", help="Let layers see a part of the context: longgen, s2:stride=8, window:window=4096."
+            metavar="PATTERN",
+            help="Sparse attention pattern of the layers, such as longgen, s2:stride=8 or window:window=4096.",
+            rich_help_panel=_STRUCTURE,
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Convert a language model; the result is checked against its source before the folder appears."""
+    """Convert a language model. The result is compared with its source before the output folder appears."""
     from edge_export.convert import STAGES, export_model
     from edge_export.extra import require_export_extra
 
@@ -84,7 +121,9 @@ def export(
         if report.sparsity:
             _note_sparsity(report.sparsity)
         if attention:
-            console.note("converted without training: what lies beyond its window is lost to a sparse layer")
+            console.note(
+                "exported without fine-tuning: sparse layers cannot attend beyond their window, so quality may drop"
+            )
         console.note(f'try it: edge-run generate -m {folder} "Once upon a time"')
 
 

@@ -22,17 +22,20 @@ if TYPE_CHECKING:
 @with_model_options()
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="The text to continue; `-` or nothing reads stdin.")
+        str | None,
+        typer.Argument(metavar="PROMPT", help="Text to continue; `-`, or no text at all, reads it from stdin."),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask it as a question, in the model's chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send PROMPT as a chat message, in the model's chat template.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Print speed and accepted drafts on stderr.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print speed, accepted drafts and memory on stderr.")] = False,
     *,
     options: ModelOptions,
 ) -> None:
-    """Continue a prompt; the text is printed as it is generated."""
+    """Continue a prompt and print the text as it is generated."""
     if "logprobs" in options.generation and not as_json:
-        raise ConfigError("--logprobs is given without --json, which prints them", "add `--json`")
+        raise ConfigError("--logprobs needs --json, which prints them", "add `--json`")
     text = _read_prompt(prompt)
     try:
         llm = load_model(options)
@@ -59,7 +62,7 @@ def _read_prompt(prompt: str | None) -> str:
     if not text:
         raise ConfigError("the prompt is empty", "give at least one character")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ConfigError("the prompt is not valid UTF-8", "check the terminal's encoding")
+        raise ConfigError("the prompt is not valid UTF-8", "set the terminal's encoding to UTF-8")
     return text
 
 
@@ -70,7 +73,9 @@ def _read_stdin() -> str:
     except OSError as error:
         raise ConfigError(f"stdin cannot be read: {error.strerror}", "give the prompt as an argument") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"stdin is not UTF-8 at byte {error.start}: {error.reason}", "save it as UTF-8") from error
+        raise ConfigError(
+            f"stdin is not UTF-8 at byte {error.start}: {error.reason}", "convert the input to UTF-8"
+        ) from error
     return text.replace("\r\n", "\n").removesuffix("\n")
 
 

@@ -19,17 +19,20 @@ PICTURED_BLOCKS = 128
 
 def inspect(
     model: Annotated[
-        Path | None, typer.Argument(metavar="MODEL", help="A model folder; the embedded target if not given.")
+        Path | None, typer.Argument(metavar="MODEL", help="Model folder; by default the embedded target.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also draw what each layer's heads see: a png, svg or pdf.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also draw which tokens each layer's heads attend to, as a png, svg or pdf file."
+        ),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Tokens of the picture; by default 128 blocks.")
+        int | None, typer.Option(metavar="N", min=1, help="Number of tokens drawn by --plot; by default 128 KV blocks.")
     ] = None,
 ) -> None:
-    """Show a model's facts: weights, layers, what they see, and what keys and values take at each length of context."""
+    """Show a model's weights, layers and attention patterns, and the memory of keys and values by context length."""
     from edge_runtime.attention import FULL, AttentionPattern
     from edge_runtime.bench.attention_plot import save_pattern_plot
     from edge_runtime.bench.plot import check_plot

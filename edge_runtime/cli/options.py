@@ -20,7 +20,8 @@ from edge_runtime.config import GenerationConfig, LoadConfig
 from edge_runtime.demo import or_demo
 from edge_runtime.errors import ConfigError
 
-MODEL, ANSWER, SAMPLING, DRAFTING, DEVICE = "Model", "Answer", "Sampling", "Drafting", "Device"
+COMMON, SAMPLING, DRAFTING, DEVICE, ADVANCED = "Options", "Sampling", "Drafting", "Device", "Advanced"
+"""Headings of the help, in its order."""
 
 LARGEST_NUMBER = 1e30
 _UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
@@ -56,52 +57,85 @@ class _Option(NamedTuple):
 
 
 _OPTIONS: dict[str, _Option] = {
-    "max_new_tokens": _Option(ANSWER, int, "N", "Most tokens to generate.", ("-n", "--max-new-tokens")),
+    "max_new_tokens": _Option(COMMON, int, "N", "Stop after N new tokens.", ("-n", "--max-new-tokens")),
+    "temperature": _Option(
+        COMMON, float, "T", "Sampling temperature; 0 always takes the most likely token.", ("-t", "--temperature")
+    ),
     "stop": _Option(
-        ANSWER,
+        COMMON,
         list[str],
         "TEXT",
-        r"End before this text; `\n`, `\t` and `\\` are understood. Repeatable.",
+        r"Stop before TEXT appears in the answer; `\n`, `\t` and `\\` are understood. Repeatable.",
         (),
         _unescaped,
     ),
-    "stop_token_ids": _Option(ANSWER, list[int], "ID", "End at this token. Repeatable.", ("--stop-token-id",), tuple),
-    "ignore_eos": _Option(ANSWER, bool, None, "Go on past the model's own end of text."),
+    "stop_token_ids": _Option(
+        ADVANCED, list[int], "ID", "Stop after the token with this id. Repeatable.", ("--stop-token-id",), tuple
+    ),
+    "ignore_eos": _Option(ADVANCED, bool, None, "Keep generating past the model's end-of-text token."),
     "logprobs": _Option(
-        ANSWER, int, "N", "With --json: log-probabilities of each token and of the N most likely ones."
+        ADVANCED, int, "N", "With --json, report the log-probability of each token and of the N most likely tokens."
     ),
-    "temperature": _Option(SAMPLING, float, "T", "0 always takes the most likely token.", ("-t", "--temperature")),
-    "top_k": _Option(SAMPLING, int, "K", "Draw from the K most likely tokens; 0 for all."),
-    "top_p": _Option(SAMPLING, float, "P", "Draw from the most likely tokens that together reach P; 1 for all."),
-    "min_p": _Option(SAMPLING, float, "P", "Draw from tokens at least P times as likely as the first; 0 for all."),
-    "repetition_penalty": _Option(SAMPLING, float, "X", "Above 1 makes every token seen less likely."),
-    "presence_penalty": _Option(SAMPLING, float, "X", "Subtracted from the logit of every token generated."),
-    "frequency_penalty": _Option(SAMPLING, float, "X", "Subtracted once for each time the token was generated."),
+    "top_k": _Option(SAMPLING, int, "K", "Sample from the K most likely tokens; 0 disables this limit."),
+    "top_p": _Option(
+        SAMPLING, float, "P", "Sample from the fewest tokens whose probabilities add up to P; 1 disables this limit."
+    ),
+    "min_p": _Option(
+        SAMPLING, float, "P", "Drop tokens less than P times as likely as the most likely one; 0 disables this limit."
+    ),
+    "repetition_penalty": _Option(
+        SAMPLING, float, "X", "Make tokens that occurred before less likely; 1 disables the penalty."
+    ),
+    "presence_penalty": _Option(ADVANCED, float, "X", "Subtract X from the logit of every token generated so far."),
+    "frequency_penalty": _Option(
+        ADVANCED, float, "X", "Subtract X from a token's logit for each time that it was generated."
+    ),
     "logit_bias": _Option(
-        SAMPLING, list[str], "ID=BIAS", "Added to a token's logit; -inf forbids it. Repeatable.", (), _biases
+        ADVANCED,
+        list[str],
+        "ID=BIAS",
+        "Add BIAS to the logit of the token with this id; -inf forbids the token. Repeatable.",
+        (),
+        _biases,
     ),
-    "seed": _Option(SAMPLING, int, "S", "Of the random numbers; the same seed draws the same answer."),
+    "seed": _Option(SAMPLING, int, "S", "Random seed; the same seed gives the same answer."),
     "num_draft_tokens": _Option(
-        DRAFTING, str, "auto|K", "Tokens drafted for each step of the model; 0 for none.", (), _auto_or_number
+        DRAFTING,
+        str,
+        "auto|K",
+        "Draft K tokens before each step of the model; auto follows measured costs, 0 disables drafting.",
+        (),
+        _auto_or_number,
     ),
-    "max_draft_tokens": _Option(DRAFTING, int, "K", "Most tokens that `auto` drafts."),
-    "lookup": _Option(DRAFTING, bool, None, "Also draft by copying what followed the same words before."),
-    "device": _Option(DEVICE, str, "NAME", "Where the model runs: CPU, GPU, GPU.1, NPU."),
-    "draft_device": _Option(DEVICE, str, "NAME", "Where the draft runs, if elsewhere."),
+    "lookup": _Option(DRAFTING, bool, None, "Also draft by copying what followed the same words earlier in the text."),
+    "max_draft_tokens": _Option(ADVANCED, int, "K", "Draft at most K tokens a step with --num-draft-tokens auto."),
+    "device": _Option(DEVICE, str, "NAME", "Device that runs the model: CPU, GPU, GPU.1 or NPU."),
+    "draft_device": _Option(DEVICE, str, "NAME", "Device that runs the draft; by default the model's device."),
     "precision": _Option(DEVICE, str, "TYPE", "Arithmetic: auto, f32, bf16, f16. f32 for exact reproducibility."),
-    "kv_precision": _Option(DEVICE, str, "TYPE", "Keys and values: auto, f32, bf16, f16, u8, u4."),
-    "num_threads": _Option(DEVICE, int, "N", "CPU threads; 0 for the device's choice.", ("--threads",)),
-    "prefill_chunk_size": _Option(DEVICE, int, "N", "Prompt tokens read at once."),
+    "num_threads": _Option(DEVICE, int, "N", "Number of CPU threads; 0 lets the device choose.", ("--threads",)),
     "context_length": _Option(
-        DEVICE, int, "N", "Most tokens held, prompt and answer; by default the model's context, on NPU at most 2048."
+        DEVICE,
+        int,
+        "N",
+        "Hold at most N tokens, prompt and answer together; by default the model's context, on NPU at most 2048.",
     ),
+    "kv_precision": _Option(
+        ADVANCED, str, "TYPE", "Precision in which keys and values are stored: auto, f32, bf16, f16, u8 or u4."
+    ),
+    "prefill_chunk_size": _Option(ADVANCED, int, "N", "Read the prompt N tokens at a time; fewer need less memory."),
     "activation_group_size": _Option(
-        DEVICE, int, "N", "CPU: activations that share an int8 scale with int8 and int4 weights; 0 for not rounded."
+        ADVANCED, int, "N", "CPU: round activations to int8 in groups of N with one scale each; 0 disables rounding."
     ),
-    "npu_step_tokens": _Option(DEVICE, int, "N", "NPU: tokens of one step, 1 or a multiple of 8."),
-    "attention": _Option(DEVICE, str, "KIND", "On CPU: auto, block_sparse (our op), stock (OpenVINO's)."),
-    "mlp": _Option(DEVICE, str, "KIND", "Fused MLPs of a model that has them, on CPU: auto times them, fused, stock."),
-    "cache_dir": _Option(DEVICE, str, "FOLDER", "Keep compiled models here, to load faster the next time."),
+    "npu_step_tokens": _Option(ADVANCED, int, "N", "NPU: compute N tokens in each step; 1 or a multiple of 8."),
+    "attention": _Option(
+        ADVANCED, str, "KIND", "Attention op on CPU: auto, block_sparse (edge-run's own) or stock (OpenVINO's)."
+    ),
+    "mlp": _Option(
+        ADVANCED, str, "KIND", "Ops that run fused MLPs on CPU: fused, stock (OpenVINO's), or auto, which times both."
+    ),
+    "cache_dir": _Option(
+        DEVICE, str, "FOLDER", "Folder that keeps compiled models, so that they load faster next time."
+    ),
 }
 
 # A field's name in a message: its first word, in backticks, or with an underscore; `stop` may be an ordinary word.
@@ -154,11 +188,12 @@ def with_model_options(*left_out: str) -> Callable[[Callable[..., None]], Callab
             try:
                 command(**values, options=ModelOptions.parse(model, draft, words))
             except ConfigError as error:
-                hint = error.hint or "`--help` says what each option means"
+                hint = error.hint or "`--help` explains each option"
                 raise ConfigError(_with_flags(str(error)), _with_flags(hint)) from error
 
-        parameters = [p for name, p in own.parameters.items() if name != "options"]
-        with_options.__signature__ = own.replace(parameters=[*parameters, *shared])  # type: ignore[attr-defined]
+        kind = inspect.Parameter.KEYWORD_ONLY  # so that the order is free: what is shared comes first in the help
+        parameters = [p.replace(kind=kind) for name, p in own.parameters.items() if name != "options"]
+        with_options.__signature__ = own.replace(parameters=[*shared, *parameters])  # type: ignore[attr-defined]
         return with_options
 
     return decorate
@@ -217,13 +252,18 @@ def _typer_parameter(name: str, option: _Option, default: Any, flags: tuple[str,
 
 _model = _typer_parameter(
     "model",
-    _Option(MODEL, str, "FOLDER", "The model; by default the embedded pair."),
+    _Option(COMMON, str, "FOLDER", "Model folder; by default the embedded pair of model and draft."),
     None,
     ("-m", "--model"),
 )
 _draft = _typer_parameter(
     "draft",
-    _Option(MODEL, str, "FOLDER|none", "A smaller model of the same vocabulary that drafts for it."),
+    _Option(
+        COMMON,
+        str,
+        "FOLDER|none",
+        "Folder of a smaller model with the same vocabulary, which drafts; none disables it.",
+    ),
     None,
     ("-d", "--draft"),
 )

@@ -16,23 +16,27 @@ FIT = "Losses are what Chinchilla's fit to web text predicts: read differences, 
 
 
 def plan(
-    params: Annotated[str | None, typer.Option(metavar="P", help="Parameters, such as 50M.")] = None,
-    tokens: Annotated[str | None, typer.Option(metavar="T", help="Tokens, each seen once, such as 1.5B.")] = None,
-    flops: Annotated[str | None, typer.Option(metavar="F", help="Training cost 6 P T, such as 1e15.")] = None,
+    params: Annotated[str | None, typer.Option(metavar="P", help="Number of parameters, such as 50M.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="T", help="Number of training tokens, each seen once, such as 1.5B.")
+    ] = None,
+    flops: Annotated[
+        str | None, typer.Option(metavar="F", help="Training cost in FLOPs, 6 x parameters x tokens, such as 1e15.")
+    ] = None,
     ratio: Annotated[
         float,
         typer.Option(
             min=1e-3,
             max=1e6,
             metavar="R",
-            help="Tokens for each parameter to aim at. 5 is the paper's; later fits say 8 to 20 for budgets from 1e13 "
-            "to 1e17 FLOPs (Chinchilla), or 26 to 34 (Besiroglu).",
+            help="Training tokens per parameter. The paper uses 5; later fits give 8 to 20 for budgets of 1e13 to 1e17 "
+            "FLOPs (Chinchilla), or 26 to 34 (Besiroglu).",
         ),
     ] = 5.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Say how large a model to train on how much text, once. One of the three options is completed to a plan; two of
-    them are a start, which is moved to the ratio at the same cost."""
+    """Plan the size of a model and of the text that it is trained on once. Give one of --params, --tokens and --flops
+    to compute the others; give two to move them to the ratio at the same cost."""
     from edge_export.one_epoch import adjust, complete
 
     words = {"parameters": ("--params", params), "tokens": ("--tokens", tokens), "flops": ("--flops", flops)}

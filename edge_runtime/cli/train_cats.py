@@ -7,39 +7,58 @@ from typing import Annotated, Any
 
 import typer
 
+from edge_runtime.cli.options import ADVANCED
 from edge_runtime.cli.training import run_adaptation
 
 _TRAINING = "Training"
 
 
-def _option(metavar: str, help: str) -> Any:
-    return typer.Option(metavar=metavar, help=help, rich_help_panel=_TRAINING)
+def _option(metavar: str, help: str, group: str = _TRAINING) -> Any:
+    return typer.Option(metavar=metavar, help=help, rich_help_panel=group)
 
 
 def train_cats(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Hugging Face folder or hub id.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="To make, or to go on with.")],
-    text: Annotated[list[Path], typer.Option(metavar="PATH", help="Text files or folders. Repeatable.")],
-    cats: Annotated[float, typer.Option(metavar="K", help="Share of the MLPs' neurons to skip.")] = 0.5,
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Hugging Face folder or hub id of the model to train.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="FOLDER", help="Output folder; an unfinished training resumes in it."),
+    ],
+    text: Annotated[list[Path], typer.Option(metavar="PATH", help="Text file or folder to train on. Repeatable.")],
+    cats: Annotated[float, typer.Option(metavar="K", help="Fraction of the MLP neurons to skip, from 0 to 1.")] = 0.5,
     cats_method: Annotated[
-        str, typer.Option(metavar="NAME", help="cats: one threshold for each layer; chess: for each neuron.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Thresholds: one for each layer (cats) or one for each neuron (chess).",
+            rich_help_panel=ADVANCED,
+        ),
     ] = "cats",
-    loss: Annotated[str, _option("NAME", "kl: say what the dense model says; ce: what the text says.")] = "kl",
-    rank: Annotated[int, _option("N", "Of the LoRA adapters.")] = 64,
+    loss: Annotated[str, _option("NAME", "Loss: kl follows the dense model's distribution, ce the text.")] = "kl",
+    rank: Annotated[int, _option("N", "Rank of the LoRA adapters.")] = 64,
     window: Annotated[
-        int | None, _option("N", "Tokens trained on at once; by default the context, at most 1024.")
+        int | None, _option("N", "Train on windows of N tokens; by default the model's context length, at most 1024.")
     ] = None,
-    max_tokens: Annotated[str | None, _option("N", "Most tokens, such as 5M.")] = None,
-    batch_size: Annotated[int, _option("N", "Windows of one update.")] = 8,
-    micro_batch_size: Annotated[int, _option("N", "Windows computed at once.")] = 1,
-    learning_rate: Annotated[float, _option("X", "Peak; the paper's 1e-5 is for 7B parameters.")] = 5e-4,
-    precision: Annotated[str, _option("TYPE", "auto, bf16 or no (f32).")] = "auto",
-    seed: Annotated[int, _option("S", "Of the order of the text.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as one JSON object.")] = False,
+    max_tokens: Annotated[
+        str | None, _option("N", "Train on at most N tokens, such as 5M; by default all of the text.")
+    ] = None,
+    batch_size: Annotated[int, _option("N", "Number of windows in one optimiser update.")] = 8,
+    micro_batch_size: Annotated[
+        int, _option("N", "Number of windows computed at once; fewer need less memory.", ADVANCED)
+    ] = 1,
+    learning_rate: Annotated[float, _option("X", "Peak learning rate; the paper uses 1e-5 for 7B parameters.")] = 5e-4,
+    precision: Annotated[
+        str, _option("TYPE", "Arithmetic of the training: auto, bf16, or no for f32.", ADVANCED)
+    ] = "auto",
+    seed: Annotated[int, _option("S", "Random seed of the order of the text.", ADVANCED)] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the record of the training as one JSON object.")
+    ] = False,
 ) -> None:
-    """Train a model with a share of its neurons skipped: thresholds are found first and stay, LoRA adapters learn and
-    are folded in. Export the result with `edge-run export`. Run the same command again to go on after an
-    interruption."""
+    """Train a model to do without the neurons that are skipped. Thresholds are found first and then fixed; LoRA
+    adapters are trained and merged. Export the result with `edge-run export`. Run the same command again to resume
+    after an interruption."""
     from edge_export.extra import require_export_extra
 
     require_export_extra()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from edge_runtime.cli import console
-from edge_runtime.cli.options import parse_number
+from edge_runtime.cli.options import ADVANCED, COMMON, parse_number
 from edge_runtime.cli.training import StageBars
 
 _DATA, _SHAPE, _ALIGNMENT, _TRAINING = "Data", "Shape", "Alignment", "Training"
@@ -21,61 +21,93 @@ def _option(group: str, metavar: str, help: str, *flags: str) -> Any:
 
 
 def train_draft(
-    target: Annotated[str, typer.Option(metavar="MODEL", help="The target: checkpoint, hub id or model folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="To make, or to go on with.")],
-    text: Annotated[_Files, _option(_DATA, "PATH", "Text files or folders. Repeatable.")] = None,
-    code: Annotated[_Files, _option(_DATA, "PATH", "The same of source code. Repeatable.")] = None,
-    max_tokens: Annotated[str | None, _option(_DATA, "N", "Most tokens of a stage, such as 20M.")] = None,
-    window: Annotated[
-        int | None, _option(_DATA, "N", "Tokens trained on at once; by default the context, at most 1024.")
+    target: Annotated[
+        str, typer.Option(metavar="MODEL", help="Target model: a Hugging Face folder or hub id, or an exported folder.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="FOLDER", help="Output folder; an unfinished training resumes in it."),
+    ],
+    text: Annotated[_Files, _option(COMMON, "PATH", "Text file or folder to train on. Repeatable.")] = None,
+    code: Annotated[_Files, _option(COMMON, "PATH", "Source code file or folder to train on. Repeatable.")] = None,
+    size: Annotated[
+        str, _option(COMMON, "N|auto", "Number of parameters, such as 50M; auto fits them to --latency-share.")
+    ] = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the record of the training as one JSON object.")
+    ] = False,
+    max_tokens: Annotated[
+        str | None,
+        _option(_DATA, "N", "Train each stage on at most N tokens, such as 20M; by default all of the text."),
     ] = None,
-    size: Annotated[str, _option(_SHAPE, "N|auto", "Parameters, such as 50M; auto fits the time below.")] = "auto",
+    window: Annotated[
+        int | None,
+        _option(_DATA, "N", "Train on windows of N tokens; by default the target's context length, at most 1024."),
+    ] = None,
     num_layers: Annotated[
-        int | None, _option(_SHAPE, "N", "Depth, which costs time; width costs little.", "--layers")
+        int | None,
+        _option(_SHAPE, "N", "Number of layers; more layers slow the draft down, more width hardly does.", "--layers"),
     ] = None,
     latency_share: Annotated[
-        float, _option(_SHAPE, "X", "Of the target's time for a token, what auto lets the draft take.")
+        float,
+        _option(_SHAPE, "X", "Largest draft time per token, as a fraction of the target's (with --size auto)."),
     ] = 0.1,
-    start: Annotated[Path | None, _option(_SHAPE, "FOLDER", "A draft to start from.")] = None,
+    start: Annotated[
+        Path | None, _option(_SHAPE, "FOLDER", "Existing draft to start from instead of random weights.")
+    ] = None,
     prompts: Annotated[
         str,
         _option(
             _ALIGNMENT,
             "text|self|FILE",
-            "What the target answers: beginnings of the texts, prompts of its own, or a file's.",
+            "Prompts that the target answers: beginnings of the texts, its own inventions (self), or lines of a file.",
         ),
     ] = "text",
     chat: Annotated[
         bool | None,
         typer.Option(
             "--chat/--no-chat",
-            help="Ask in the chat template; by default where there is one.",
+            help="Ask the target in its chat template; by default if it has one.",
             rich_help_panel=_ALIGNMENT,
         ),
     ] = None,
     loss: Annotated[
         str,
-        _option(_ALIGNMENT, "NAME", "ce, kl, tvd, lk, ce+kl or ce+tvd; all but ce keep the target's likeliest tokens."),
+        _option(_ALIGNMENT, "NAME", "Alignment loss: ce, kl, tvd, lk, ce+kl or ce+tvd."),
     ] = "ce",
-    top: Annotated[int, _option(_ALIGNMENT, "K", "How many of those.")] = 16,
-    answer_tokens: Annotated[str, _option(_ALIGNMENT, "N", "Tokens the target writes in all, about.")] = "1M",
-    num_answers: Annotated[int | None, _option(_ALIGNMENT, "N", "Answers, instead of tokens.")] = None,
-    max_new_tokens: Annotated[int, _option(_ALIGNMENT, "N", "Of one answer.")] = 256,
-    device: Annotated[str, _option(_ALIGNMENT, "NAME", "Where the target writes.")] = "CPU",
+    top: Annotated[
+        int,
+        _option(_ALIGNMENT, "K", "Number of most likely target tokens kept per position, for every loss but ce."),
+    ] = 16,
+    answer_tokens: Annotated[
+        str, _option(_ALIGNMENT, "N", "Approximate number of tokens that the target writes in total.")
+    ] = "1M",
+    num_answers: Annotated[
+        int | None, _option(_ALIGNMENT, "N", "Number of answers that the target writes; replaces --answer-tokens.")
+    ] = None,
+    max_new_tokens: Annotated[int, _option(_ALIGNMENT, "N", "Longest answer of the target, in tokens.")] = 256,
+    device: Annotated[
+        str, _option(_ALIGNMENT, "NAME", "Device on which the target writes its answers: CPU or GPU.")
+    ] = "CPU",
     stages: Annotated[
-        str, _option(_TRAINING, "NAMES", "Which of pretrain, continue, align to run, comma-separated.")
+        str, _option(_TRAINING, "NAMES", "Stages to run, separated by commas: pretrain, continue, align.")
     ] = "pretrain,continue,align",
-    batch_size: Annotated[int, _option(_TRAINING, "N", "Windows of one update.")] = 8,
-    micro_batch_size: Annotated[int, _option(_TRAINING, "N", "Windows computed at once.")] = 2,
-    learning_rate: Annotated[float, _option(_TRAINING, "X", "Peak.")] = 4e-3,
-    align_learning_rate: Annotated[float, _option(_TRAINING, "X", "Peak of align after another stage.")] = 2e-3,
-    precision: Annotated[str, _option(_TRAINING, "TYPE", "auto, bf16 or no (f32).")] = "auto",
-    seed: Annotated[int, _option(_TRAINING, "S", "Of weights and orders.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as one JSON object.")] = False,
+    learning_rate: Annotated[float, _option(_TRAINING, "X", "Peak learning rate.")] = 4e-3,
+    align_learning_rate: Annotated[
+        float, _option(ADVANCED, "X", "Peak learning rate of the align stage after another stage.")
+    ] = 2e-3,
+    batch_size: Annotated[int, _option(_TRAINING, "N", "Number of windows in one optimiser update.")] = 8,
+    micro_batch_size: Annotated[
+        int, _option(ADVANCED, "N", "Number of windows computed at once; fewer need less memory.")
+    ] = 2,
+    precision: Annotated[
+        str, _option(ADVANCED, "TYPE", "Arithmetic of the training: auto, bf16, or no for f32.")
+    ] = "auto",
+    seed: Annotated[int, _option(ADVANCED, "S", "Random seed of the initial weights and the order of the text.")] = 0,
 ) -> None:
-    """Train a draft in three stages: on text, on code mixed with text, on what the target itself writes. Run the same
-    command again to go on after an interruption. Under `accelerate launch` it trains on many GPUs, under `torchrun` on
-    several processes without one."""
+    """Train a draft model for a target. Three stages follow each other: text, code mixed with text, and answers that
+    the target writes. Run the same command again to resume after an interruption. Under `accelerate launch` it trains
+    on many GPUs, under `torchrun` in several CPU processes."""
     from edge_export.extra import require_export_extra
 
     require_export_extra()
@@ -96,4 +128,4 @@ def train_draft(
     if as_json:
         console.write((output / "training.json").read_text(encoding="utf-8"))
     else:
-        print(f"{output}: the draft; {output / 'openvino'}: its int8 form, for `--draft`")
+        print(f"draft: {output}\nits int8 export, for `--draft`: {output / 'openvino'}")

@@ -71,7 +71,7 @@ def run_adaptation(
         console.write_json(json.loads((output / "training.json").read_text(encoding="utf-8")))
     else:
         print(
-            f"{output}: perplexity of held-out text {made.original:.2f} dense, {made.before:.2f} with {change}, "
+            f"{output}: perplexity on held-out text: {made.original:.2f} dense, {made.before:.2f} with {change}, "
             f"{made.after:.2f} after training on {made.tokens:,} tokens"
         )
         console.note(f"next: edge-run export {output} -o {output}-ir")

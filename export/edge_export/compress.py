@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import openvino as ov
 
 WEIGHTS = ("fp32", "fp16", "bf16", "int8", "int4")
+SPELLINGS = {"f32": "fp32", "f16": "fp16"}
+"""What users write, as in every other option, and what a manifest has."""
 SIXTEEN_BITS = ("fp16", "bf16")
 CALIBRATION_METHODS: dict[str, dict[str, bool]] = {
     "gptq": {"gptq": True},
@@ -59,7 +61,7 @@ class WeightFormat:
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
-            raise ConfigError(f"weights is {self.weights!r}, expected one of {', '.join(WEIGHTS)}")
+            raise ConfigError(f"weights is {self.weights!r}, expected f32, f16, bf16, int8 or int4")
         if self.group_size != -1 and self.group_size < SMALLEST_GROUP:
             raise ConfigError(
                 f"group_size is {self.group_size}, expected at least {SMALLEST_GROUP}, or -1 for whole channels"

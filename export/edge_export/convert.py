@@ -31,7 +31,7 @@ from edge_export.cats import MlpFormat
 from edge_export.cats.calibrate import Sparsity, sparsify
 from edge_export.cats.finetune import THRESHOLDS_NAME, read_thresholds
 from edge_export.cats.rewrite import Thresholds, fuse_mlps
-from edge_export.compress import WeightFormat, calibration_windows, compress
+from edge_export.compress import SPELLINGS, WeightFormat, calibration_windows, compress
 from edge_export.hybrid.patterns import CONFIG_ENTRY, check_fits, of_config, parse_pattern, shape_of
 from edge_export.hybrid.torch_attention import patterned
 from edge_export.quiet import quiet
@@ -104,7 +104,7 @@ def export_model(
     Args:
         source: A Hugging Face folder or hub id, or an ONNX file or folder with config.json and tokenizer beside it.
         output: The folder to make.
-        weights: `fp32`, `fp16`, `bf16`, `int8` or `int4`.
+        weights: `f32`, `f16`, `bf16`, `int8` or `int4`; `fp32` and `fp16` are the same as `f32` and `f16`.
         group_size: Weights that share a scale, with int4; -1 for whole output channels.
         symmetric: No zero points in int8 and int4: somewhat less exact, but what NPUs run.
         calibration_text: A text file like what the model will read; int4 weights are fitted to it, or `cats` finds its
@@ -124,7 +124,7 @@ def export_model(
         DownloadError: `source` is a hub id and the hub does not give it out.
         ExtensionError: `fused` was asked for and ov_kernels is not compiled.
     """
-    output = Path(output)
+    output, weights = Path(output), SPELLINGS.get(weights, weights)
     form = WeightFormat(
         weights=weights, group_size=group_size, symmetric=symmetric, calibration_method=calibration_method or "gptq"
     )

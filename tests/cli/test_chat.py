@@ -85,6 +85,90 @@ def test_save_writes_the_conversation(talk, tmp_path):
     assert str(path) in done.err
 
 
+def test_saved_conversation_with_its_system_message_goes_on_after_load(talk, tmp_path):
+    path = tmp_path / "story.json"
+    _, spoken = talk("/system Be kind", "Hello", f"/save {path}", "And then?")
+    first, second = spoken
+    saved = path.read_bytes()
+    assert json.loads(saved)[0] == {"role": "system", "content": "Be kind"}
+    _, resumed = talk(f"/load {path}", "And then?")
+    assert resumed[0].metrics.prompt_tokens == second.metrics.prompt_tokens
+    assert resumed[0].text == second.text
+    done, _ = talk(f"/load {path}", "/save")
+    assert path.read_bytes() == saved
+    assert "loaded 1 questions and answers" in done.err
+    done, results = talk(f"/load {path}", "/undo", "/undo", "Hello")
+    assert "nothing to take back" in done.err
+    assert results[0].token_ids == first.token_ids
+
+
+def test_load_takes_the_place_of_the_system_message_too(talk, tmp_path):
+    path = tmp_path / "none.json"
+    path.write_text("[]")
+    _, plain = talk("Hello")
+    _, loaded = talk("/system Be kind", "Hello", f"/load {path}", "Hello")
+    assert loaded[1].metrics.prompt_tokens == plain[0].metrics.prompt_tokens
+
+
+BAD_TRANSCRIPTS = {
+    "{": "is no JSON file",
+    "[" * 100_000: "is no JSON file",
+    "{}": "expected a role and a text",
+    "5": "expected a role and a text",
+    '[{"role": "user", "content": 5}, {"role": "assistant", "content": "a"}]': "message 1 of",
+    '[{"role": "user"}, {"role": "assistant", "content": "a"}]': "message 1 of",
+    '[{"role": "usr", "content": "a"}, {"role": "assistant", "content": "b"}]': "has role 'usr', expected 'user'",
+    '[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]': "message 2 of",
+    '[{"role": "user", "content": "a"}]': "ends with a question",
+}
+
+
+@pytest.mark.parametrize("content", BAD_TRANSCRIPTS, ids=range(len(BAD_TRANSCRIPTS)))
+def test_load_of_something_else_is_one_line_and_changes_nothing(talk, tmp_path, content):
+    path = tmp_path / "story.json"
+    path.write_text(content)
+    done, results = talk("Hello", f"/load {path}", "And then?")
+    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert BAD_TRANSCRIPTS[content] in lines[0]
+    assert results[1].metrics.reused_tokens
+
+
+def test_load_of_a_file_that_cannot_be_read_is_one_line(talk, tmp_path):
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    done, _ = talk("/load", f"/load {tmp_path / 'no.json'}", f"/load {tmp_path}", f"/load {tmp_path / 'bytes.json'}")
+    assert [line.split(":")[0] for line in done.err.splitlines()].count("error") == 4
+
+
+def test_save_replaces_only_what_this_chat_saved_or_loaded(talk, tmp_path):
+    path = tmp_path / "thesis.json"
+    path.write_text("years of work")
+    done, _ = talk("Hello", f"/save {path}")
+    assert f"`{path}` exists already" in done.err
+    assert path.read_text() == "years of work"
+    path.unlink()
+    done, _ = talk("Hello", f"/save {path}", "And then?", f"/save {path}")
+    assert "error" not in done.err
+    assert len(json.loads(path.read_text(encoding="utf-8"))) == 4
+
+
+def test_end_of_input_within_a_message_of_several_lines_keeps_the_conversation(edge_run, model, monkeypatch):
+    """On a terminal Ctrl-D ends a line, not the input: the chat goes on."""
+    lines = iter(["Hello", '"""And', EOFError, "/undo", EOFError])
+
+    def read_line(prompt):
+        line = next(lines)
+        if line is EOFError:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr(chat, "_read_line", read_line)
+    done = edge_run("chat", "-m", model, *FLAGS)
+    assert done.code == 0
+    assert "error: the message is dropped" in done.err
+    assert "taken back: Hello" in done.err
+
+
 def test_save_that_fails_does_not_end_the_chat(talk, tmp_path):
     done, results = talk(f"/save {tmp_path / 'no' / 'story.json'}", "/save", "Hello")
     assert done.err.count("error: ") == 2
@@ -122,7 +206,7 @@ def test_unknown_command_suggests_and_goes_on(talk):
 def test_help_names_every_command(talk, model):
     done, _ = talk("/help")
     assert {word for word in done.err.split() if word.startswith("/")} == {
-        *("/undo", "/reset", "/system", "/stats", "/save", "/quit")
+        *("/undo", "/reset", "/system", "/stats", "/save", "/load", "/help", "/quit", "/exit")
     }
 
 

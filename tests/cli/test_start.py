@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime import __version__
-from edge_runtime.cli.app import COMMANDS, COMPLETION_VARIABLE, FAMILIES, run
+from edge_runtime.cli.app import COMMANDS, COMPLETION_VARIABLE, FAMILIES, grouped, load_command, run
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"openvino", "numpy", "tokenizers", "jinja2", "huggingface_hub", "rich", "torch"}
@@ -119,6 +120,31 @@ def test_completion_script_calls_edge_run(monkeypatch, capsys, shell):
     assert not ended.value.code
     assert "edge-run" in said
     assert COMPLETION_VARIABLE in said
+
+
+def test_common_options_come_first_and_rare_ones_last():
+    for name in COMMANDS:
+        command = load_command(name)
+        titles = list(grouped(command.params))
+        assert titles.index("Options") <= 1, name  # after the arguments
+        assert "Advanced" not in titles[:-1], name
+    first, *_, last = grouped(load_command("generate").params).items()
+    assert [parameter.name for parameter in grouped(load_command("generate").params)["Options"]][:4] == [
+        *("model", "draft", "max_new_tokens", "temperature")
+    ]
+    assert (first[0], last[0]) == ("Arguments", "Advanced")
+
+
+FRAGMENTS = re.compile(r"^(Of|The same|Which|Where|Most|How many|To [a-z]+[,;.])\b|\bsee\b|\b(says|sees|seen by)\b")
+
+
+def test_help_lines_make_sense_alone():
+    """Each has a verb or names a thing, begins with a capital and ends with a full stop."""
+    for name in COMMANDS:
+        for option, text in load_command(name).help_texts.items():
+            assert not FRAGMENTS.search(text), f"{name} {option}: {text}"
+            assert len(text.split()) >= 3, f"{name} {option}: {text}"
+            assert text.endswith("."), f"{name} {option}: {text}"
 
 
 def test_families_are_the_first_words_of_the_commands():

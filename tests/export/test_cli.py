@@ -49,13 +49,15 @@ def test_output_is_named_after_source_and_weights(edge_run, tiny_hf, tmp_path, m
     assert load_manifest(tmp_path / "hf-fp16").weights == "fp16"
     assert edge_run(tiny_hf("gpt2"), "--weights", "fp16")[0] == 2
     assert edge_run(tiny_hf("gpt2"), "--weights", "fp16", "--overwrite")[0] == 0
+    assert edge_run(tiny_hf("gpt2"), "--weights", "f16")[0] == 0  # as every other option spells it
+    assert load_manifest(tmp_path / "hf-f16").weights == "fp16"
 
 
 @pytest.mark.parametrize(
     ("args", "code", "error", "hint"),
     [
         (("./nowhere",), 1, "`./nowhere` does not exist", "give a model folder"),
-        (("HF", "--weights", "int3"), 2, "weights is 'int3', expected one of", ""),
+        (("HF", "--weights", "int3"), 2, "weights is 'int3', expected f32, f16", ""),
         (("HF", "--weights", "int4"), 1, "group_size 128 does not divide the 64 inputs", "--group-size 64"),
         (("HF", "--calibration-text", "x"), 2, "calibration_text was given with int8 weights", "--weights int4"),
         (

@@ -163,7 +163,7 @@ def test_calibration_text_that_is_too_short_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "int5"}, "weights is 'int5', expected one of fp32, fp16, bf16, int8, int4"),
+        ({"weights": "int5"}, "weights is 'int5', expected f32, f16, bf16, int8 or int4"),
         ({"weights": "int4", "group_size": 0}, "group_size is 0, expected at least 8"),
         ({"weights": "int4", "group_size": -2}, "group_size is -2"),
         ({"weights": "fp16", "symmetric": True}, "symmetric was asked for with fp16 weights"),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from edge_runtime.api import EdgeLLM
-from edge_runtime.config import GenerationConfig
+from edge_runtime.chat_template import ROLES
+from edge_runtime.config import GenerationConfig, LoadConfig
 from edge_runtime.errors import ConfigError, ContextOverflowError
 from edge_runtime.stream import GenerationResult
 from tests.runtime.fakes import LETTERS, blended_table, make_engine, make_llm, random_table
@@ -53,9 +54,9 @@ def test_prompt_as_text_and_as_ids_are_the_same(llm):
     [
         ("", "the prompt is empty"),
         ([], "the prompt is empty"),
-        (None, "the prompt is a NoneType, expected text or token ids"),
-        (5, "the prompt is a int, expected text or token ids"),
-        (b"abc", "the prompt is a bytes, expected text or token ids"),
+        (None, "the prompt is None, expected text or token ids"),
+        (5, "the prompt is 5, expected text or token ids"),
+        (b"abc", "the prompt is b'abc', expected text or token ids"),
         ([1.5], "the prompt holds 1.5, expected text or token ids"),
         (["a"], "the prompt holds 'a', expected text or token ids"),
         ([1, 24], "the prompt holds token id 24, the model's ids go from 0 to 23"),
@@ -137,6 +138,75 @@ def test_message_without_role_or_content_is_refused(llm, messages):
     """A template would render a missing entry as nothing."""
     with pytest.raises(ConfigError, match="expected a dictionary with role and content"):
         llm.chat(messages)
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        (None, "the chat is None, expected text or a list of messages"),
+        (5, "the chat is 5, expected text or a list of messages"),
+        (b"abc", "the chat is b'abc', expected text or a list of messages"),
+        ({"role": "user", "content": "a"}, "expected text or a list of messages"),
+        ([], "the chat holds no message"),
+    ],
+)
+def test_chat_that_is_none_is_refused(llm, messages, told):
+    for call in (llm.chat, llm.stream_chat):
+        with pytest.raises(ConfigError) as caught:
+            call(messages)
+        assert told in str(caught.value)
+
+
+def test_misspelt_role_is_refused_and_the_nearest_suggested(llm):
+    """Templates of the ChatML kind write whatever role they are given, and the model has never seen this one."""
+    with pytest.raises(ConfigError, match="role 'usr', expected one of system, user, assistant") as caught:
+        llm.chat([{"role": "usr", "content": "abc"}])
+    assert caught.value.hint == "did you mean `user`?"
+    for role in (None, ["user"], "robot", ""):
+        with pytest.raises(ConfigError, match="a message has role"):
+            llm.chat([{"role": role, "content": "abc"}])
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_known_role_is_the_templates_to_refuse(llm, role):
+    """Also a chat of one system message alone."""
+    assert llm.chat([{"role": role, "content": "abc"}], max_new_tokens=3).token_ids
+
+
+def test_role_that_the_template_names_is_passed_on(tmp_path):
+    llm = make_llm(tmp_path, make_engine(TARGET))
+    llm.tokenizer._template = (
+        "{% for m in messages %}{% if m.role == 'ipython' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    assert llm.chat([{"role": "ipython", "content": "abc"}], max_new_tokens=3).token_ids
+
+
+def test_options_may_come_as_one_config(llm):
+    config = GenerationConfig(max_new_tokens=7, repetition_penalty=1.5)
+    wanted = llm.generate(PROMPT, max_new_tokens=7, repetition_penalty=1.5)
+    assert llm.generate(PROMPT, config).token_ids == wanted.token_ids
+    assert llm.stream(PROMPT, config=config, max_new_tokens=4).finish().token_ids == wanted.token_ids[:4]
+    assert llm.chat(PROMPT, config).token_ids == llm.stream_chat(PROMPT, config).finish().token_ids
+
+
+@pytest.mark.parametrize("config", [5, {"temperature": 1.0}, "greedy", LoadConfig()])
+def test_config_of_another_kind_names_the_keywords(llm, config):
+    for call in (llm.generate, llm.stream, llm.chat, llm.stream_chat):
+        with pytest.raises(ConfigError, match="expected a GenerationConfig") as caught:
+            call(PROMPT, config)
+        assert "max_new_tokens=" in caught.value.hint
+
+
+def test_on_prefill_that_cannot_be_called_is_refused(llm):
+    with pytest.raises(ConfigError, match="on_prefill is 5, expected a function"):
+        llm.stream(PROMPT, on_prefill=5)
+
+
+@pytest.mark.parametrize("options", [{"model": 123}, {"model": b"folder"}, {"draft": 5}, {"device": None}])
+def test_load_refuses_what_is_no_name(options):
+    name = next(iter(options))
+    with pytest.raises(ConfigError, match=f"{name} is .*, expected a"):
+        EdgeLLM.load(**options)
 
 
 def test_unknown_option_names_the_nearest(llm):

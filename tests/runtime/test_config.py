@@ -54,7 +54,7 @@ GOOD_GENERATION = {
 BAD_LOAD = {
     "device": [None, 5, ""],
     "draft_device": [5, ""],
-    "precision": [None, "f64", 32, ["f32"]],
+    "precision": [None, "f64", 32, ["f32"], np.array(["f32"] * 2)],
     "kv_precision": [None, "u2"],
     "activation_group_size": [-1, 1.5, True, "32"],
     "num_threads": [-1, 1.5, None, True, "2"],
@@ -147,6 +147,21 @@ def test_the_bounds_are_told():
         GenerationConfig(max_new_tokens=0)
     with pytest.raises(ConfigError, match="presence_penalty is inf, expected a finite number"):
         GenerationConfig(presence_penalty=INF)
+
+
+def test_numbers_of_numpy_become_pythons():
+    """`logits / np.float64(0.7)` is computed in f64, `logits / 0.7` in f32: the same option gave other answers."""
+    config = GenerationConfig(
+        temperature=np.float64(0.7),
+        top_k=np.int32(5),
+        logit_bias={np.int64(3): np.float32(1)},
+        stop_token_ids=[np.int8(2)],
+    )
+    assert type(config.temperature) is float
+    assert type(config.top_k) is int
+    assert [(type(key), type(value)) for key, value in config.logit_bias.items()] == [(int, float)]
+    assert type(config.stop_token_ids[0]) is int
+    assert type(LoadConfig(num_threads=np.int64(2)).num_threads) is int
 
 
 def test_a_config_cannot_be_changed_afterwards():

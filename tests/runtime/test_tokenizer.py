@@ -131,6 +131,23 @@ def test_damaged_tokenizer_config_is_named(tmp_path, shared_data):
         Tokenizer(tmp_path)
 
 
+def test_tokens_have_ids_and_roles(shared_data):
+    """What turn ends and exports ask: an id by its token, a token by its role, and which tokens are no words."""
+    phi3 = Tokenizer(shared_data / "tokenizers" / "phi3")
+    assert phi3.token(phi3.token_id("<|end|>")) == "<|end|>"
+    assert phi3.token_id("no token at all") is None
+    assert (phi3.special_token("eos_token"), phi3.special_token("bos_token")) == ("<|endoftext|>", "<s>")
+    assert phi3.token_id("<|end|>") in phi3.added_token_ids
+    assert phi3.token_id("▁the") not in phi3.added_token_ids
+
+
+def test_chat_may_end_with_its_last_message(shared_data):
+    phi3 = Tokenizer(shared_data / "tokenizers" / "phi3")
+    done, asked = (phi3.apply_chat_template(USER, add_generation_prompt=flag) for flag in (False, True))
+    assert asked[: len(done)] == done
+    assert asked[len(done) :][0] == phi3.token_id("<|assistant|>")
+
+
 # --- chat templates -------------------------------------------------------------------------------------------------
 
 CHATML = (
@@ -242,7 +259,7 @@ def test_hostile_or_broken_template_is_an_error_of_one_line(template, tmp_path, 
 
 
 def test_attributes_of_the_interpreter_render_as_nothing(tmp_path, phi3):
-    for template in ("{{ ''.__class__ }}", "{{ lipsum.__globals__ }}", "{{ messages|attr('__class__') }}"):
+    for template in ("{{ ''.__class__ }}", "{{ cycler.__globals__ }}", "{{ messages|attr('__class__') }}"):
         assert with_template(tmp_path / "copy", phi3, template).apply_chat_template(USER) == []
 
 

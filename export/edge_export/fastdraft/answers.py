@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 
 from edge_export.corpus import Windows
 from edge_export.fastdraft.losses import WRITTEN
-from edge_runtime import strict_json
 from edge_runtime.devices import check_device
 from edge_runtime.errors import ConfigError
 
@@ -110,7 +109,7 @@ def write_answers(
         for answer in answers:
             if answer["index"] < len(done):
                 continue
-            file.write(strict_json.dumps(answer) + "\n")
+            file.write(json.dumps(answer) + "\n")
             file.flush()
             num_tokens += len(answer["answer_ids"])
             if on_answer:

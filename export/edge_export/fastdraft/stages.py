@@ -32,7 +32,6 @@ from edge_export.quiet import quiet
 from edge_export.record import check_same, plain, write_json
 from edge_export.staging import disk_full_is_said
 from edge_export.train import LOG, Loss, Progress, TrainConfig, best_precision, next_token_loss, processes, train
-from edge_runtime import strict_json
 from edge_runtime.errors import ConfigError
 
 MAY_CHANGE = ("stages", "device", "start")
@@ -165,7 +164,7 @@ class _Training:
 
         def choose(path: Path) -> None:
             shape = auto_shape(target, recipe.latency_share, recipe.num_layers, **fixed)
-            path.write_text(strict_json.dumps(dataclasses.asdict(shape), indent=2) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(dataclasses.asdict(shape), indent=2) + "\n", encoding="utf-8")
 
         if recipe.size is not None:
             return draft_config(num_parameters=recipe.size, num_layers=recipe.num_layers, **fixed)
@@ -223,8 +222,8 @@ class _Training:
 
 
 def _summary(stage: Path) -> dict[str, Any]:
-    """Return a finished stage's updates and its mean loss over the last of them; None where one was not finite."""
+    """Return a finished stage's updates and its mean loss over the last of them."""
     lines = (stage / LOG).read_text(encoding="utf-8").splitlines()
     by_step = {entry["step"]: entry["loss"] for entry in map(json.loads, lines)}  # a kill makes a step come again
     losses = list(by_step.values())[-20:]
-    return {"updates": max(by_step), "loss": None if None in losses else round(sum(losses) / len(losses), 4)}
+    return {"updates": max(by_step), "loss": round(sum(losses) / len(losses), 4)}

@@ -1,0 +1,74 @@
+"""A conversation as a JSON file: a list of messages, the system message first if there is one.
+
+[{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hello"},
+ {"role": "assistant", "content": "Hello!"}]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edge_runtime.chat_template import Message
+
+
+def write_transcript(path: Path, messages: list[Message]) -> None:
+    """Write a conversation, whole or not at all.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            temporary.write_text(json.dumps(messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write `{path}`: {error.strerror}", "name another file") from error
+
+
+def read_transcript(path: Path) -> list[Message]:
+    """Return a conversation: perhaps a system message, then questions and answers in turn, an answer last.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"cannot read `{path}`: {error.strerror}", "name a file that /save wrote") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"`{path}` is no JSON file: {error}", "name a file that /save wrote") from error
+    messages = content if isinstance(content, list) else [content]
+    has_system = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    for index, message in enumerate(messages):
+        _check(
+            path,
+            index,
+            message,
+            "system" if has_system and not index else ("user", "assistant")[(index - has_system) % 2],
+        )
+    if (len(messages) - has_system) % 2:
+        raise ConfigError(f"`{path}` ends with a question that has no answer", "remove the last message from the file")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _check(path: Path, index: int, message: Any, role: str) -> None:
+    """Refuse a message that is not of this role, or has anything but text as its content."""
+    if (
+        not isinstance(message, dict)
+        or message.keys() != {"role", "content"}
+        or not isinstance(message["content"], str)
+    ):
+        told = f"message {index + 1} of `{path}` is {message!r:.60}, expected a role and a text as content"
+        raise ConfigError(told, "name a file that /save wrote")
+    if message["role"] != role:
+        told = f"message {index + 1} of `{path}` has role {message['role']!r:.60}, expected {role!r}"
+        raise ConfigError(told, "questions (`user`) and answers (`assistant`) must alternate")
