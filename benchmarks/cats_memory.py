@@ -24,6 +24,8 @@ from typing import Any
 
 from measure import interleave, machine, report, spread
 
+from edge_runtime import strict_json
+
 MIB = 1 << 20
 NEW_TOKENS = 8
 
@@ -80,7 +82,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     options = parser.parse_args()
     if options.once:
-        print(json.dumps(load_once(options.once)))
+        print(strict_json.dumps(load_once(options.once)))
         return
     rows = measure(options.folders, options.rounds)
     stock = rows[0]

@@ -24,6 +24,8 @@ from typing import Any
 from decode import PROMPT_IDS, TARGET, make_source
 from measure import add_peer_tokenizer, interleave, machine, paired_ratio, peer_inputs, peer_tpot_ms, report, spread
 
+from edge_runtime import strict_json
+
 WANTED = {"int8": {"cats over dense": 1.22, "cats over peer": 1.4}, "int4": {"dense over peer": 1.5}}
 """Weights to the ratios that are checked."""
 PAIRS = (("cats", "dense"), ("cats", "peer"), ("dense", "peer"), ("dense", "stock"), ("stock", "peer"))
@@ -49,7 +51,7 @@ def make_models(folder: Path, weights: str, share: float) -> dict[str, Path]:
         if not path.is_dir():
             made = export_model(source, path, weights=weights, **options[name])
             if made.sparsity:
-                (folder / f"sparsity-{weights}.json").write_text(json.dumps(made.sparsity.realised))
+                (folder / f"sparsity-{weights}.json").write_text(strict_json.dumps(made.sparsity.realised))
     add_peer_tokenizer(models["stock"])
     return models
 

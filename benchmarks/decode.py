@@ -24,6 +24,7 @@ from typing import Any
 
 from measure import add_peer_tokenizer, interleave, machine, paired_ratio, peer_inputs, peer_tpot_ms, report, spread
 
+from edge_runtime import strict_json
 from edge_runtime.bench.cats import read_bandwidth
 
 PROMPT_IDS = list(range(100, 164))
@@ -172,7 +173,7 @@ def main() -> int:
                     name = f"{weights} {precision} {cell}"
                     row = run_cell(models, cell, precision, arguments.tokens, arguments.rounds)
                     result[name] = {**row, "roofline_ms": roofline}
-                    print(json.dumps({name: result[name]}), file=sys.stderr, flush=True)
+                    print(strict_json.dumps({name: result[name]}), file=sys.stderr, flush=True)
                     if precision not in CHECKED:
                         continue
                     checks[f"{name}: at least the peer's tokens/s"] = row["speedup"].median >= 1

@@ -5,7 +5,6 @@ Ratios are only read within one run: every round runs each variant once, so a di
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import sys
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from edge_runtime import strict_json
 
 
 class Spread(NamedTuple):
@@ -112,9 +113,9 @@ def report(result: dict[str, Any], checks: Mapping[str, bool], as_json: bool) ->
     The readable list goes to stderr in both cases, the object to stdout with `as_json`.
     """
     for name, value in result.items():
-        print(f"{name}: {json.dumps(value)}", file=sys.stderr)
+        print(f"{name}: {strict_json.dumps(value)}", file=sys.stderr)
     for name, holds in checks.items():
         print(f"{'holds' if holds else 'FAILS'}: {name}", file=sys.stderr)
     if as_json:
-        print(json.dumps({**result, "checks": dict(checks)}))
+        print(strict_json.dumps({**result, "checks": dict(checks)}))
     return 0 if all(checks.values()) else 1

@@ -30,6 +30,7 @@ from measure import machine, report
 from numpy.typing import NDArray
 
 from edge_export.quiet import hide_packages
+from edge_runtime import strict_json
 from edge_runtime.attention import FULL, AttentionPattern, LayerPattern, longgen, s2
 
 BLOCK, WINDOW, LAYERS, HEADS, HIDDEN = 16, 32, 6, 4, 64
@@ -228,7 +229,7 @@ def main() -> int:
         kept = options.work_dir / f"{name}.json"
         if not kept.is_file():
             made = measure(name, options.work_dir / name, options.steps)
-            kept.write_text(json.dumps(made), encoding="utf-8")
+            kept.write_text(strict_json.dumps(made), encoding="utf-8")
         rows.append(json.loads(kept.read_text(encoding="utf-8")))
     if options.plot:
         save_plot(rows, options.plot)

@@ -36,6 +36,7 @@ from edge_export import corpus
 from edge_export.one_epoch import FLOPS_PER_TOKEN, Budget, adjust
 from edge_export.quiet import quiet
 from edge_export.train import Progress, TrainConfig, train
+from edge_runtime import strict_json
 
 WINDOW, VOCAB_SIZE, BATCH = 128, 1024, 16
 WIDTH, LAYERS, HEAD_DIM = 64, 3, 32
@@ -75,15 +76,15 @@ class Lab:
         self._train, held_out = corpus.split(windows)
         self._validation = corpus.shuffled(held_out, 0)[:VALIDATION_WINDOWS]
         lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.is_file() else []
-        self._done = {json.dumps(entry["run"]): entry for entry in map(json.loads, lines)}
+        self._done = {strict_json.dumps(entry["run"]): entry for entry in map(json.loads, lines)}
 
     def result(self, run: Run) -> dict[str, Any]:
         """Return a run's losses and seconds, from an earlier time if there was one."""
-        name = json.dumps(dataclasses.asdict(run))
+        name = strict_json.dumps(dataclasses.asdict(run))
         if name not in self._done:
             self._done[name] = {"run": dataclasses.asdict(run), **self._execute(run)}
             with self._log.open("a", encoding="utf-8") as log:
-                log.write(json.dumps(self._done[name]) + "\n")
+                log.write(strict_json.dumps(self._done[name]) + "\n")
             print(f"{name} {self._done[name]['loss']:.4f}", file=sys.stderr, flush=True)
         return self._done[name]
 

@@ -2,8 +2,9 @@
 
     llm = EdgeLLM.load()  # the embedded pair; or EdgeLLM.load("target", draft="draft")
     result = llm.generate("Once upon a time", max_new_tokens=50)
-    for chunk in llm.stream("Once upon a time", temperature=0.7, seed=1):
-        print(chunk.text, end="")
+    with llm.stream("Once upon a time", temperature=0.7, seed=1) as stream:
+        for chunk in stream:
+            print(chunk.text, end="")
     answer = llm.chat([{"role": "user", "content": "Tell me a story"}])
 
 Options are those of `config.GenerationConfig`, for chats also those of `chat_config.ChatConfig`; an unknown one raises
@@ -28,6 +29,8 @@ from edge_runtime.devices import check_device
 from edge_runtime.drafters import DraftModel
 from edge_runtime.engine import Engine, check_prompt
 from edge_runtime.errors import ConfigError
+from edge_runtime.forks import HomeProcess
+from edge_runtime.hub_cache import resolve
 from edge_runtime.manifest import Manifest, load_manifest
 from edge_runtime.model import CachedModel
 from edge_runtime.stream import GenerationResult, TextStream
@@ -48,7 +51,8 @@ class EdgeLLM:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, manifest: Manifest, load_s: float) -> None:
         self.engine, self.tokenizer, self.manifest, self.load_s = engine, tokenizer, manifest, load_s
-        self.turns = Turns()
+        self._home = HomeProcess(engine)
+        self.turns = Turns(self._home)
 
     @classmethod
     def load(
@@ -75,14 +79,14 @@ class EdgeLLM:
         _check_path("model", model)
         _check_path("draft", draft)
         model, draft = or_demo(model, draft)
-        folder = Path(model)
+        folder, draft = resolve(Path(model)), None if draft is None else resolve(Path(draft))
         manifest = load_manifest(folder)
-        draft_manifest = load_manifest(Path(draft)) if draft is not None else None
+        draft_manifest = load_manifest(draft) if draft is not None else None
         tokenizer = _TokenizerLoader(folder, draft)
         target = _load_model(folder, manifest, config.for_target(has_draft=draft is not None))
         drafter = None
         if draft is not None and draft_manifest is not None:
-            drafting = _load_model(Path(draft), draft_manifest, config.for_draft())
+            drafting = _load_model(draft, draft_manifest, config.for_draft())
             drafting.warm_up()  # its first run comes in the middle of an answer
             drafter = DraftModel(drafting, target.model.vocab_size)
         return cls(Engine(target, drafter), tokenizer.result(), manifest, time.perf_counter() - started)
@@ -95,7 +99,7 @@ class EdgeLLM:
 
     def warm_up(self) -> None:
         """Prepare the target's weights for its first run, where there is time between loading and the first request."""
-        self.engine.target.warm_up()
+        self.generate([0], max_new_tokens=1, num_draft_tokens=0)  # a request, since others may have come first
 
     def generate(self, prompt: Prompt, config: GenerationConfig | None = None, **options: Any) -> GenerationResult:
         """Continue a prompt.
@@ -128,8 +132,13 @@ class EdgeLLM:
             **options: Fields of `config.GenerationConfig`, which go before those of `config`.
 
         Returns:
-            An iterator of chunks, whose `result` is complete once it is exhausted, closed or cancelled.
+            An iterator of chunks, whose `result` is complete once it is exhausted, closed or cancelled. In a `with`
+            statement it is closed however its reader leaves.
+
+        Raises:
+            EdgeError: The process is a fork of the one that loaded the model.
         """
+        self._home.check()
         config = GenerationConfig.from_options(config, **options)
         self._check_config(config)
         if on_prefill is not None and not callable(on_prefill):
@@ -174,7 +183,8 @@ class EdgeLLM:
         self._check_ids("logit_bias", config.logit_bias)
         if config.num_draft_tokens not in ("auto", 0) and not self.engine.sources(config):
             raise ConfigError(
-                f"num_draft_tokens is {config.num_draft_tokens}, but nothing drafts", "load a draft, or set `lookup`"
+                f"num_draft_tokens is {config.num_draft_tokens}, but no draft model is loaded and `lookup` is off",
+                "load a draft, or set `lookup`",
             )
 
     def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
@@ -182,7 +192,7 @@ class EdgeLLM:
         for token_id in token_ids:
             if not 0 <= token_id < vocab_size:
                 raise ConfigError(
-                    f"{name} holds token id {token_id}, the model's ids go from 0 to {vocab_size - 1}",
+                    f"{name} holds token id {token_id}, expected an id from 0 to {vocab_size - 1}",
                     "use the model's own tokenizer",
                 )
 

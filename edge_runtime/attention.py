@@ -58,7 +58,7 @@ class LayerPattern:
         if self.window is not None and not (_is_count(self.window) and self.window):
             raise ConfigError(f"attention window is {self.window!r} tokens, expected at least 1")
         if self.window is None and (self.sink or self.stride):
-            raise ConfigError("a full layer has neither sink nor stride; give it a window")
+            raise ConfigError("attention sink and stride need a window, and the layer has none")
         for name, value in (("sink", self.sink), ("stride", self.stride), ("num_dense_heads", self.num_dense_heads)):
             if not _is_count(value):
                 raise ConfigError(f"attention {name} is {value!r}, expected 0 or more")
@@ -83,7 +83,9 @@ class LayerPattern:
                 "one for all, one for each KV head or one for each head"
             )
         if self.num_dense_heads > num_heads:
-            raise ConfigError(f"attention has {self.num_dense_heads} dense heads of {num_heads}")
+            raise ConfigError(
+                f"attention has {self.num_dense_heads} dense heads, expected at most the {num_heads} of a layer"
+            )
 
     def head_offsets(self, num_heads: int) -> NDArray[np.int64]:
         """Return the offset of each of H query heads, (H,); `check` has said that they fit."""
@@ -169,7 +171,7 @@ class AttentionPattern:
             raise ConfigError(f"attention block size is {self.block_size}, expected one of {list(BLOCK_SIZES)}")
         if sorted(set(self.layers)) != list(range(len(self.patterns))):
             raise ConfigError(
-                f"layers name the attention patterns {sorted(set(self.layers))}, expected each of 0 to "
+                f"attention layers use the patterns {sorted(set(self.layers))}, expected every number from 0 to "
                 f"{len(self.patterns) - 1}"
             )
         for pattern in self.patterns:
@@ -246,7 +248,7 @@ def longgen(
     """
     full = num_layers - 2 * (num_layers // 3) if num_full is None else num_full
     if not 0 <= full <= num_layers:
-        raise ConfigError(f"longgen wants {full} full layers of {num_layers}")
+        raise ConfigError(f"longgen has {full} full layers, expected 0 to {num_layers}, all of the model's")
     before = (num_layers - full) // 2
     sparse = LayerPattern(window=window, sink=sink, stride=stride)
     layers = [FULL if before <= layer < before + full else sparse for layer in range(num_layers)]
@@ -290,7 +292,7 @@ def s2(
             shard += num_kv_heads if stride > num_kv_heads else 0
     if not any(is_full) and len(seen) < stride:
         raise ConfigError(
-            f"s2 has stride {stride} over {num_layers} layers of {num_kv_heads} KV heads, so that some blocks are seen "
-            f"by no head; expected a stride of at most {len(seen)}"
+            f"s2 with stride {stride} leaves KV blocks that no head attends to in {num_layers} layers with "
+            f"{num_kv_heads} KV heads; expected a stride of at most {len(seen)}"
         )
     return AttentionPattern.of_layers(layers, block_size)

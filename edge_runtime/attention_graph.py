@@ -82,7 +82,7 @@ def use_block_sparse_attention(
     """
     if config.attention == "stock" and pattern is not None:
         raise ConfigError(
-            "attention is stock, but the model's layers see only a part of the context, which PagedAttention cannot do",
+            "this model uses sparse attention, which attention=stock does not support",
             "leave `attention` at auto",
         )
     layers = attention_ops(model)
@@ -124,7 +124,7 @@ def _is_installed() -> bool:
     try:
         return ov_kernels.add_to(core()) and ov_kernels.instruction_set() != "none"
     except ExtensionError as error:
-        _log.warning("attention runs in OpenVINO's op, since ours cannot be loaded: %s", error)
+        _log.warning("attention runs in OpenVINO's op because edge-run's own cannot be loaded: %s", error)
         return False
 
 
@@ -142,7 +142,7 @@ def kv_type(config: LoadConfig) -> str:
     kept = kv_precision(config)
     if kept not in KV_TYPES:
         raise ConfigError(
-            f"kv_precision is {kept}, block-sparse attention keeps keys and values as one of {', '.join(KV_TYPES)}",
+            f"kv_precision is {kept}, expected one of {', '.join(KV_TYPES)} with block-sparse attention",
             "leave `kv_precision` at auto",
         )
     return kept
@@ -160,7 +160,8 @@ def _refuse_other_terms(layers: list[Any]) -> None:
     for number, layer in enumerate(layers):
         if told := _other_terms(layer):
             raise ModelFormatError(
-                f"layer {number} has {told}, which block-sparse attention lacks", "load the model with attention stock"
+                f"layer {number} uses {told}, which block-sparse attention does not support",
+                "load the model with attention=stock",
             )
 
 
@@ -168,7 +169,7 @@ def _check(attention: BlockAttention) -> None:
     pattern, heads = attention.pattern, attention.heads
     if len(pattern.layers) != len(heads):
         raise ModelFormatError(
-            f"the manifest says what {len(pattern.layers)} layers see, the model has {len(heads)}",
+            f"the manifest has attention patterns for {len(pattern.layers)} layers, but the model has {len(heads)}",
             "export the model again",
         )
     for layer, (num_heads, num_kv_heads) in enumerate(heads):

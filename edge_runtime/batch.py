@@ -1,7 +1,7 @@
 """Several answers at once: one forward carries a token of each, so that the weights are read once for all of them.
 
-Nobody waits for these answers, so nothing is drafted: a batch keeps the processor busy by itself. Each answer has its
-own options and random numbers and is what `Engine` would write alone, but for the rounding of wider matrix products.
+For offline work. Batching already saturates the CPU, so drafting is off. Each answer has its own options and random
+numbers, and equals what `Engine` would write alone, but for the rounding of wider matrix products.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from edge_runtime.config import GenerationConfig
-from edge_runtime.engine import random_source
 from edge_runtime.model import Rows
 from edge_runtime.paged_model import PagedModel
 from edge_runtime.sampling import Sampler, top_logprobs
@@ -41,7 +40,7 @@ class BatchAnswer:
         self.top_logprobs: list[list[tuple[int, float]]] = []
         self.is_done = False
         self._config = config
-        self._sampler = Sampler(config, prompt_ids, random_source(config.seed))
+        self._sampler = Sampler(config, prompt_ids)
 
     def take(self, row: Rows, stop_token_ids: Collection[int]) -> None:
         """Draw the next token from its logits, (1, V)."""
@@ -53,7 +52,7 @@ class BatchAnswer:
 
 
 class SequenceBatch:
-    """Sequences that share a model's cache, each in blocks of its own. The model serves nothing else meanwhile.
+    """Sequences that share a model's cache, each in blocks of its own, until the model serves something else.
 
     Args:
         model: Whose caches they share.
@@ -65,7 +64,7 @@ class SequenceBatch:
         self._model = model
         self._held = np.zeros(count, np.int32)
         self._blocks = np.arange(count * model.blocks_for(num_tokens), dtype=np.int32).reshape(count, -1)
-        model.cache.reserve_blocks(self._blocks.size)
+        model.reserve_sequences(self._blocks.size)
 
     def forward(self, sequences: Sequence[int], token_ids: Sequence[list[int]]) -> Rows:
         """Append tokens to some of the sequences; return the logits after the last of each, (len(sequences), V).
@@ -93,10 +92,13 @@ def write_batch(
     """Continue several prompts at once, each until a stop token or its `max_new_tokens`.
 
     Args:
-        model: Serves nothing else meanwhile, and afterwards only batches.
+        model: Serves nothing else meanwhile; what it held before is forgotten.
         prompts: Token ids, at least one each; with its answer each fits the context.
         configs: One for each prompt; stop strings and drafting are not for batches.
         stop_token_ids: Ids that end an answer.
+
+    Raises:
+        LogitsError: No token can be drawn for one of the answers.
     """
     answers = [BatchAnswer(ids, config) for ids, config in zip(prompts, configs, strict=True)]
     longest = max(len(ids) + config.max_new_tokens for ids, config in zip(prompts, configs, strict=True))

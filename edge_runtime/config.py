@@ -70,7 +70,7 @@ class LoadConfig(KeywordOptions):
         kv_precision: Storage of keys and values. `auto` is f32 with `precision="f32"`, else u8. The NPU computes and
             stores in f16; a draft there does so whatever is asked of the target, whose answers it cannot change.
         activation_group_size: CPU: activations that share a scale when they are rounded to int8 for the product with
-            int8 or int4 weights; 0 for not rounded. None is 0 with `precision="f32"`, where verifying a block is to
+            int8 or int4 weights; 0 disables rounding. None is 0 with `precision="f32"`, where verifying a block is to
             equal plain decoding, and else 128 or the weights' group. Rounding makes blocks and prompts much faster.
         num_threads: CPU threads; 0 for the device's choice (one for models too small to share).
         prefill_chunk_size: Prompt tokens per forward: bounds memory and how long a cancel can take. On NPU a power of
@@ -151,7 +151,8 @@ class GenerationConfig(KeywordOptions):
         presence_penalty: Subtracted from the logit of every token already generated.
         frequency_penalty: Subtracted once for each time that the token was generated.
         logit_bias: Token id to a number added to its logit; -inf forbids it.
-        seed: Of the random generator; None draws one.
+        seed: Fixes the random numbers of each position, so that the answer is the same however it is drafted; None
+            draws new ones, with which more drafts are accepted.
         stop: Strings that end the text; they are not part of it.
         stop_token_ids: Ids that end the answer beside the model's own.
         ignore_eos: Go on past the model's own end-of-text tokens (for measurements).
@@ -189,7 +190,7 @@ class GenerationConfig(KeywordOptions):
         _integer("top_k", self.top_k, 0)
         _within("top_p", self.top_p, 0, 1, low_open=True)
         _within("min_p", self.min_p, 0, 1)
-        _within("repetition_penalty", self.repetition_penalty, 0, _LARGEST, low_open=True)
+        _within("repetition_penalty", self.repetition_penalty, 1 / _LARGEST, _LARGEST)
         _within("presence_penalty", self.presence_penalty, -_LARGEST, _LARGEST)
         _within("frequency_penalty", self.frequency_penalty, -_LARGEST, _LARGEST)
         _logit_bias("logit_bias", self.logit_bias)

@@ -127,12 +127,12 @@ def npu_properties(config: LoadConfig, context_length: int) -> dict[str, Any]:
     for name in ("precision", "kv_precision"):
         if getattr(config, name) not in ("auto", "f16"):
             raise ConfigError(
-                f"{name} is {getattr(config, name)}, the NPU computes and stores in f16",
+                f"{name} is {getattr(config, name)}, but the NPU computes and stores in f16",
                 f"leave `{name}` at auto, or run the target on another device",
             )
     chunk, step_tokens = config.prefill_chunk_size, config.npu_step_tokens or 1
     if chunk < step_tokens or chunk & (chunk - 1):
-        raise ConfigError(f"prefill_chunk_size is {chunk}, on NPU a power of two not below a step of {step_tokens}")
+        raise ConfigError(f"prefill_chunk_size is {chunk}, expected a power of two of at least {step_tokens} on NPU")
     properties: dict[str, Any] = {
         "NPU_USE_NPUW": "YES",
         "NPUW_LLM": "YES",

@@ -6,11 +6,15 @@ never decides what is emitted (`speculative.verify` does). It may return fewer, 
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
+from edge_runtime.errors import LogitsError
 from edge_runtime.model import CachedModel
 from edge_runtime.sampling import Distribution, Sampler
 from edge_runtime.speculative import NO_PROPOSAL, Proposal
+
+_log = logging.getLogger(__name__)
 
 MIN_MATCH = 3
 """Tokens that must repeat before their continuation is copied: shorter matches are mostly noise."""
@@ -47,35 +51,46 @@ class DraftModel:
         self._cached = cached
         self._vocab_size = vocab_size
         self._held = 0
+        self._has_failed = False
 
     def start(self, prompt_ids: list[int]) -> None:
         """Begin a new request; earlier turns of a chat are held already."""
         self._held = self._cached.shared(prompt_ids)
+        self._has_failed = False
 
     def lag(self, num_tokens: int) -> int:
         """Return how many tokens of a sequence of `num_tokens` the draft has not read yet."""
         return num_tokens - self._held
 
     def propose(self, token_ids: list[int], num_draft_tokens: int, sampler: Sampler) -> Proposal:
-        """Draft tokens one by one; fewer where the draft's own context ends."""
+        """Draft tokens one by one; fewer where the draft's own context ends, or its logits are NaN or infinite."""
         room = self._cached.model.context_length - len(token_ids)
         num_draft_tokens = min(num_draft_tokens, room)
-        if num_draft_tokens <= 0:
+        if num_draft_tokens <= 0 or self._has_failed:
             return NO_PROPOSAL
         drafted: list[int] = []
         drawn_from: list[Distribution] = []
         rows = self._cached.catch_up(token_ids, self._held)
         self._held = len(token_ids)
-        while True:
-            drawn_from.append(sampler.distribution(rows[-1, : self._vocab_size]))
-            drafted.append(drawn_from[-1].sample(sampler.random))
-            if len(drafted) == num_draft_tokens:
-                break
-            sampler.push(drafted[-1])
-            rows = self._cached.forward(drafted[-1:])
-        for token_id in drafted[:-1]:
+        try:
+            while True:
+                drawn_from.append(sampler.distribution(rows[-1, : self._vocab_size]))
+                drafted.append(drawn_from[-1].sample(sampler.random))
+                sampler.push(drafted[-1])
+                if len(drafted) == num_draft_tokens:
+                    break
+                rows = self._cached.forward(drafted[-1:])
+        except LogitsError as error:
+            self._give_up(error)
+        for token_id in drafted:
             sampler.pop(token_id)
         return Proposal(drafted, drawn_from)
+
+    def _give_up(self, error: LogitsError) -> None:
+        """Draft no more in this request, whose answer is the target's; forget keys and values that may be NaN."""
+        _log.warning("the draft model is not used for the rest of this answer: %s", error)
+        self._has_failed = True
+        self._cached.rollback(0)
 
 
 class PromptLookup:

@@ -8,19 +8,18 @@ which tokens it holds, and the next request keeps those that it shares.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from edge_runtime.config import GenerationConfig
 from edge_runtime.drafters import Drafter, PromptLookup
-from edge_runtime.errors import ConfigError, ContextOverflowError
+from edge_runtime.errors import ConfigError, ContextOverflowError, LogitsError
 from edge_runtime.metrics import Metrics
 from edge_runtime.model import CachedModel, Rows
 from edge_runtime.pacing import Pacing, TargetCosts
 from edge_runtime.sampling import Sampler, top_logprobs
-from edge_runtime.speculative import NO_PROPOSAL, Proposal, verify
+from edge_runtime.speculative import NO_PROPOSAL, Proposal, VerifiedBlock, verify
 
 
 class Token(NamedTuple):
@@ -79,6 +78,7 @@ class Engine:
         Raises:
             ConfigError: The prompt is empty.
             ContextOverflowError: The prompt leaves no room for a token.
+            LogitsError: No token can be drawn; raised in the iteration, where the token would come.
         """
         check_prompt(prompt_ids, self.target.model.context_length)
         return _Request(self, prompt_ids, config, stop_token_ids, metrics or Metrics(), on_chunk).run()
@@ -118,14 +118,12 @@ class _Request:
         self._engine, self._target = engine, engine.target
         self._config, self._stop, self._metrics, self._on_chunk = config, frozenset(stop_token_ids), metrics, on_chunk
         self._ids = list(prompt_ids)
-        self._sampler = Sampler(config, prompt_ids, random_source(config.seed))
+        self._sampler = Sampler(config, prompt_ids)
         self._sources = engine.sources(config)
         self._is_done = False
         room = self._target.model.context_length - len(prompt_ids)
         self._end = len(prompt_ids) + min(config.max_new_tokens, room)
         metrics.prompt_tokens = len(prompt_ids)
-        for source in self._sources:
-            source.drafter.start(prompt_ids)
 
     def run(self) -> Iterator[Token]:
         """Prefill, then step until the end."""
@@ -137,11 +135,11 @@ class _Request:
             rows = self._step()
 
     def _prefill(self) -> Rows:
-        self._engine.current = self
+        self._take_over()
         self._target.model.reserve(min(self._end, len(self._ids) + 1024))
         self._metrics.reused_tokens = self._target.align(self._ids)
         rows = self._target.catch_up(self._ids, self._metrics.reused_tokens, self._on_chunk)
-        self._block = verify(rows, NO_PROPOSAL, self._sampler)
+        self._block = self._verify(rows, NO_PROPOSAL)
         return rows
 
     def _step(self) -> Rows:
@@ -153,7 +151,7 @@ class _Request:
         drafted_at = time.perf_counter()
         width = 1 + len(proposal.token_ids)
         rows = self._target.forward(self._ids[-1:] + proposal.token_ids, width)
-        self._block = verify(rows, proposal, self._sampler)
+        self._block = self._verify(rows, proposal)
         self._target.rollback(len(self._ids) + self._block.num_accepted)
         end = time.perf_counter()
         self._metrics.draft_s += drafted_at - begin
@@ -165,12 +163,23 @@ class _Request:
         self._metrics.count_block(width - 1, self._block.num_accepted)
         return rows
 
+    def _verify(self, rows: Rows, proposal: Proposal) -> VerifiedBlock:
+        try:
+            return verify(rows, proposal, self._sampler)
+        except LogitsError:
+            self._target.rollback(0)  # its keys and values may be NaN, and a later prompt may begin with these tokens
+            raise
+
     def _resume(self) -> None:
         """Read the sequence again, after another request used the models."""
+        self._take_over()
         self._target.catch_up(self._ids[:-1], 0, self._on_chunk)
+
+    def _take_over(self) -> None:
+        """Use the models from now on; first of all, so that who used them knows it even where this is interrupted."""
+        self._engine.current = self
         for source in self._sources:
             source.drafter.start(self._ids)
-        self._engine.current = self
 
     def _propose(self) -> tuple[Proposal, _Source | None, int]:
         """Ask the sources in turn; return the first draft with its source and the tokens it had to read before."""
@@ -220,15 +229,6 @@ class _Request:
         metrics.decode_s = elapsed - metrics.ttft_s
 
 
-def random_source(seed: int | None) -> random.Random:
-    """Return a request's random generator.
-
-    A number would seed it so that neighbouring seeds give answers that are not quite independent (chi-square p of 0.010
-    and 0.003 over 25 000 neighbours each); a text is hashed first.
-    """
-    return random.Random(None if seed is None else f"seed {seed}")
-
-
 def check_prompt(prompt_ids: list[int], context_length: int, longest: int | None = None) -> None:
     """Refuse a prompt that cannot be answered.
 
@@ -246,6 +246,6 @@ def check_prompt(prompt_ids: list[int], context_length: int, longest: int | None
     if len(prompt_ids) >= context_length:
         load = f", or load the model with `context_length` up to {longest}" if (longest or 0) > context_length else ""
         raise ContextOverflowError(
-            f"the prompt has {len(prompt_ids)} tokens, the model's context holds {context_length}",
+            f"the prompt has {len(prompt_ids)} tokens, but the model's context holds {context_length}",
             f"shorten it to at most {context_length - 1} tokens{load}",
         )

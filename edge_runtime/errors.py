@@ -5,6 +5,7 @@
     ├── ModelFormatError           a model folder or file that is missing, damaged or not understood
     ├── ModelPairError             a target and a draft that do not belong together
     ├── ContextOverflowError       more tokens than the model's context holds
+    ├── LogitsError                logits from which no token can be drawn
     ├── DeviceError                a device that is absent or refuses the model
     ├── ExtensionError             the compiled ov_kernels library is absent or does not fit
     ├── MissingExtraError          a feature whose optional dependencies are not installed
@@ -54,6 +55,10 @@ class ModelPairError(EdgeError):
 
 class ContextOverflowError(EdgeError):
     """The prompt leaves no room for a new token in the model's context."""
+
+
+class LogitsError(EdgeError):
+    """No token can be drawn: the model's logits are NaN or infinite, or the options forbid every token."""
 
 
 class DeviceError(EdgeError):

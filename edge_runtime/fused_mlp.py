@@ -6,7 +6,7 @@ thresholds, no skipped weights.
 
 On CPU a trial on the user's own machine decides, unless the user does: neurons of the first layer's MLP alone, in both
 forms in turn, on one token and on a short block. Its input is random, so that thresholds found on real activations
-would skip another share of it; neurons are therefore dead by decree, the share that the export was asked for.
+would skip another share of it; so the trial marks a fixed fraction of neurons as skipped: the one asked of the export.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Download OpenVINO model folders from the Hugging Face hub.
 
-A download goes to `FOLDER.partial` and takes its name once every file is there in full: a folder without that ending
-is complete. A second call keeps the files that the first one finished.
+A download goes to `FOLDER.partial/files`, which takes its name once every file is there in full: a folder without that
+ending is complete. A second call keeps the files that the first one finished.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from edge_runtime.errors import ConfigError, DownloadError
 from edge_runtime.manifest import MANIFEST_NAME, MODEL_NAME
+from edge_runtime.outputs import check_output, check_work_folder, claimed
 
 WANTED = (
     MODEL_NAME,
@@ -35,7 +36,7 @@ WANTED = (
 """Files of a model folder; the rest of a repository stays on the hub."""
 
 TIMEOUT_S = 10
-TRY_AGAIN = "check the connection and try again: files that are complete are kept"
+TRY_AGAIN = "check the connection and run the command again; complete files are kept"
 
 
 class Pulled(NamedTuple):
@@ -59,12 +60,13 @@ def pull(hub_id: str, output: Path | None = None, revision: str | None = None) -
         revision: Branch, tag or commit; the hub's default branch by default.
 
     Raises:
-        ConfigError: `output` exists already, or `hub_id` is not one.
+        ConfigError: `output` exists already or another process is making it, or `hub_id` is not one.
         DownloadError: The hub cannot be reached, or has no such model for us.
     """
     folder = output or Path(hub_id.split("/")[-1])
     if folder.exists():
         raise ConfigError(f"`{folder}` exists already", "remove it, or name another folder with `-o FOLDER`")
+    place = check_output(folder)
     with _hub_errors(hub_id, revision):
         commit, sizes = _list_files(hub_id, revision)
     if MODEL_NAME not in sizes:
@@ -72,10 +74,12 @@ def pull(hub_id: str, output: Path | None = None, revision: str | None = None) -
             f"`{hub_id}` holds no {MODEL_NAME}, so it is not an OpenVINO model",
             f"convert it: `edge-run export {hub_id}`",
         )
-    partial = folder.with_name(folder.name + ".partial")
-    with _hub_errors(hub_id, revision):
-        _download(hub_id, commit, list(sizes), partial)
-    _finish(partial, folder, sizes)
+    partial = place.with_name(place.name + ".partial")
+    check_work_folder(partial)
+    with claimed(partial):
+        with _hub_errors(hub_id, revision):
+            _download(hub_id, commit, list(sizes), partial / "files")
+        _finish(partial / "files", place, sizes)
     return Pulled(folder, commit)
 
 
@@ -108,7 +112,7 @@ def _finish(partial: Path, folder: Path, sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
         path = partial / name
         if not path.is_file() or path.stat().st_size != size:
-            raise DownloadError(f"`{name}` is not complete", TRY_AGAIN)
+            raise DownloadError(f"the download of `{name}` is incomplete", TRY_AGAIN)
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -132,15 +136,15 @@ def _hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
         ) from error
     except errors.GatedRepoError as error:
         raise DownloadError(
-            f"`{hub_id}` asks for its licence to be accepted", "accept it on the model's page, then run `hf auth login`"
+            f"`{hub_id}` requires its licence to be accepted", "accept it on the model's page, then run `hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise DownloadError(f"`{hub_id}` has no revision `{revision}`", "leave out `--revision`") from error
     except errors.RepositoryNotFoundError as error:
         raise DownloadError(
-            f"the hub has no model `{hub_id}`", "check the spelling; a private one needs `hf auth login`"
+            f"the model hub has no model `{hub_id}`", "check the spelling; a private model needs `hf auth login`"
         ) from error
     except errors.OfflineModeIsEnabled as error:
-        raise DownloadError("the hub is switched off by HF_HUB_OFFLINE", "unset that variable") from error
+        raise DownloadError("HF_HUB_OFFLINE is set, so the model hub cannot be used", "unset HF_HUB_OFFLINE") from error
     except (transport_error, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
-        raise DownloadError(f"{constants.ENDPOINT} cannot be reached: {error}", TRY_AGAIN) from error
+        raise DownloadError(f"the model hub {constants.ENDPOINT} cannot be reached: {error}", TRY_AGAIN) from error

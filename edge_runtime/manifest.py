@@ -13,12 +13,17 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from edge_runtime import strict_json
 from edge_runtime.attention import AttentionPattern
 from edge_runtime.errors import ConfigError, ModelFormatError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "edge_model.json"
 MODEL_NAME = "openvino_model.xml"
+
+_UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_POINTER = b"version https://git-lfs"
+_GGUF = b"GGUF"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,7 @@ class Manifest:
         for optional in ("mlp", "attention"):
             if content[optional] is None:
                 del content[optional]  # readers that do not know the entry refuse it
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(strict_json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder / MANIFEST_NAME)
 
 
@@ -94,6 +99,8 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         ModelFormatError: The folder is missing or holds no model, or a JSON file in it cannot be used.
     """
+    if folder.is_file():
+        raise _is_a_file(folder)
     if not folder.is_dir():
         raise ModelFormatError(
             f"model folder `{folder}` does not exist",
@@ -104,6 +111,8 @@ def load_manifest(folder: Path) -> Manifest:
             f"`{folder}` holds no {MODEL_NAME}, so it is not an OpenVINO model folder",
             f"convert it first: `edge-run export {folder} -o OUT`",
         )
+    for name in (MODEL_NAME, Path(MODEL_NAME).with_suffix(".bin")):
+        check_is_no_pointer(folder / name)
     path = folder / MANIFEST_NAME
     return _from_manifest(path) if path.is_file() else _from_config(folder)
 
@@ -114,21 +123,64 @@ def weight_bytes(folder: Path) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; {} where the file does not exist.
+    """Return the object in a JSON file, with or without a byte order mark; {} where the file does not exist.
 
     Raises:
-        ModelFormatError: The file is not a JSON object.
+        ModelFormatError: The file is not a JSON object in UTF-8, or says two things at once.
     """
     if not path.is_file():
         return {}
+    check_is_no_pointer(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        raw = path.read_bytes()
+        if raw.startswith(_UTF_16_MARKS):
+            raise ModelFormatError(f"`{path}` is UTF-16 text, expected UTF-8", "save it as UTF-8")
+        content = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_without_contradiction)
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFormatError(f"`{path}` is not readable JSON: {error}", "copy or export the model again") from error
     if not isinstance(content, dict):
         raise ModelFormatError(
             f"`{path}` holds a JSON {type(content).__name__}, expected an object", "copy or export the model again"
         )
+    return content
+
+
+def _is_a_file(path: Path) -> ModelFormatError:
+    if is_gguf(path):
+        return ModelFormatError(
+            f"`{path}` is a GGUF file, which edge-run does not read", "export the model's Hugging Face folder or hub id"
+        )
+    return ModelFormatError(f"`{path}` is a file, expected a model folder", f"give its folder: {path.parent}")
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a file is a GGUF file, whatever its name."""
+    with path.open("rb") as file:
+        return file.read(len(_GGUF)) == _GGUF
+
+
+def check_is_no_pointer(path: Path) -> None:
+    """Refuse a file that git put there in place of a large one; a file that does not exist passes.
+
+    Raises:
+        ModelFormatError: It is a pointer of Git LFS.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ModelFormatError(
+                f"`{path}` is a Git LFS pointer, not the file itself", f"run `git lfs pull` in `{path.parent}`"
+            )
+
+
+def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object; an entry that comes twice with different values has no meaning that readers agree on."""
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content and content[name] != value:
+            raise ValueError(f"`{name}` comes twice, as {content[name]!r} and as {value!r}")
+        content[name] = value
     return content
 
 
@@ -138,7 +190,8 @@ def _from_manifest(path: Path) -> Manifest:
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise ModelFormatError(
-            f"`{path}` has format version {version}, this edge-run reads {FORMAT_VERSION}", "export the model again"
+            f"`{path}` has format version {version}, but this edge-run reads version {FORMAT_VERSION}",
+            "export the model again",
         )
     known = {f.name for f in fields(Manifest)}
     unknown = sorted(set(content) - known)
@@ -170,7 +223,9 @@ def _from_config(folder: Path) -> Manifest:
             source=config.get("_name_or_path", ""),
         )
     except (AttributeError, TypeError) as error:
-        raise ModelFormatError(f"`{folder / 'config.json'}` cannot be used: {error}", "copy it again") from error
+        raise ModelFormatError(
+            f"`{folder / 'config.json'}` cannot be used: {error}", "copy the model folder again"
+        ) from error
 
 
 def _first_known(name: str, *sources: dict[str, Any]) -> Any:

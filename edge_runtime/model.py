@@ -2,7 +2,9 @@
 
 `CausalModel` is what a device implementation provides (`paged_model.py`). `CachedModel` adds what all of them need: the
 ids of the tokens whose keys and values are held, so that a new prompt that starts like the last one (the next turn of a
-chat) is not computed again, and a stopped or cancelled request leaves nothing to repair.
+chat) is not computed again, and a stopped or cancelled request leaves nothing to repair. Nor does an interrupted one:
+how many tokens are held is known by the model alone, and ids are noted before they are computed, so that those of the
+tokens held are right at every moment at which an exception may come.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ class CausalModel(Protocol):
     Attributes:
         vocab_size: V, the width of the logits.
         context_length: Most tokens that fit.
-        num_tokens: Tokens whose keys and values are held.
     """
 
     vocab_size: int
     context_length: int
-    num_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values are held; true even where a call was interrupted."""
 
     def forward(self, token_ids: list[int], num_rows: int) -> Rows:
         """Append T tokens and return the logits of the last `num_rows`, (num_rows, V): valid until the next call."""
@@ -35,7 +39,7 @@ class CausalModel(Protocol):
     def rollback(self, num_tokens: int) -> int:
         """Keep the first `num_tokens` tokens and forget the rest; return how many are kept.
 
-        These or none: a layer with a window no longer has the keys that a token far back would see.
+        Returns num_tokens, or 0 if a windowed layer has already freed keys that position needs.
         """
 
     def reserve(self, num_tokens: int) -> None:
@@ -57,18 +61,17 @@ class CachedModel:
     def __init__(self, model: CausalModel, chunk_size: int) -> None:
         self.model = model
         self._chunk_size = chunk_size
-        self._ids: list[int] = []
+        self._ids: list[int] = []  # of the tokens held, and after them perhaps some that no longer are
 
     @property
     def token_ids(self) -> list[int]:
-        """Ids of the tokens held; not to be modified."""
-        return self._ids
+        """Ids of the tokens held."""
+        return self._ids[: self.model.num_tokens]
 
     def forward(self, token_ids: list[int], num_rows: int = 1) -> Rows:
         """Append tokens; return the last `num_rows` rows of logits, (num_rows, V), valid until the next call."""
-        rows = self.model.forward(token_ids, num_rows)
-        self._ids += token_ids
-        return rows
+        self._ids[self.model.num_tokens :] = token_ids
+        return self.model.forward(token_ids, num_rows)
 
     def warm_up(self) -> None:
         """Run one token: plugins pack weights in the first run, which nobody should wait for in an answer."""
@@ -78,8 +81,8 @@ class CachedModel:
 
     def rollback(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens, or none where the model has not kept what they see; forget the rest."""
-        if num_tokens < len(self._ids):
-            del self._ids[self.model.rollback(num_tokens) :]
+        if num_tokens < self.model.num_tokens:
+            self.model.rollback(num_tokens)
 
     def shared(self, token_ids: list[int], start: int = 0) -> int:
         """Return how many leading tokens of `token_ids` are held already.
@@ -88,7 +91,7 @@ class CachedModel:
             token_ids: The sequence that is to be continued; at least its last token is left to be fed.
             start: Tokens known to be equal.
         """
-        limit = min(len(self._ids), len(token_ids) - 1)
+        limit = min(self.model.num_tokens, len(token_ids) - 1)
         same = min(start, limit)
         while same < limit and self._ids[same] == token_ids[same]:
             same += 1
@@ -97,7 +100,7 @@ class CachedModel:
     def align(self, token_ids: list[int], start: int = 0) -> int:
         """Forget all that does not start `token_ids`; return how many tokens are held after that."""
         self.rollback(self.shared(token_ids, start))
-        return len(self._ids)
+        return self.model.num_tokens
 
     def catch_up(
         self, token_ids: list[int], start: int = 0, on_chunk: Callable[[int, int], None] | None = None

@@ -82,35 +82,34 @@ class _Acceptance:
     """Accepted and drafted tokens by position in the block; old blocks fade."""
 
     def __init__(self) -> None:
-        self._accepted: list[float] = []
-        self._drafted: list[float] = []
+        self._counts: list[tuple[float, float]] = []  # accepted and drafted; replaced in one piece
 
     @property
     def num_positions(self) -> int:
         """Positions that were seen."""
-        return len(self._drafted)
+        return len(self._counts)
 
     def chance(self, position: int, assumed: float, weight: float) -> float:
         """Return the chance of a position, before which `assumed` counts for `weight` tokens."""
-        if position >= len(self._drafted):
+        if position >= len(self._counts):
             return assumed
-        return (weight * assumed + self._accepted[position]) / (weight + self._drafted[position])
+        accepted, drafted = self._counts[position]
+        return (weight * assumed + accepted) / (weight + drafted)
 
     def observe(self, num_drafted: int, num_accepted: int) -> None:
         """Count one block; all positions fade, so that one which was unlucky and then avoided gets another chance."""
         seen = min(num_drafted, num_accepted + 1)
-        missing = max(0, seen - len(self._drafted))
         decay = 0.5 ** (1 / HALF_LIFE)
-        self._drafted = [decay * count for count in self._drafted] + [0.0] * missing
-        self._accepted = [decay * count for count in self._accepted] + [0.0] * missing
+        counts = [(decay * accepted, decay * drafted) for accepted, drafted in self._counts]
+        counts += [(0.0, 0.0)] * (seen - len(counts))
         for position in range(seen):
-            self._drafted[position] += 1
-            self._accepted[position] += position < num_accepted
+            accepted, drafted = counts[position]
+            counts[position] = accepted + (position < num_accepted), drafted + 1
+        self._counts = counts
 
     def forgive(self) -> None:
         """Forget most rejections: the text may have changed."""
-        pairs = zip(self._accepted, self._drafted, strict=True)
-        self._drafted = [accepted + (drafted - accepted) / 4 for accepted, drafted in pairs]
+        self._counts = [(accepted, accepted + (drafted - accepted) / 4) for accepted, drafted in self._counts]
 
 
 class Pacing:

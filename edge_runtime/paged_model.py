@@ -3,12 +3,15 @@
 Keys and values lie in tensors that we own and pass as inputs: `paged_cache` for OpenVINO's PagedAttention,
 `block_cache` for our own op, whose layers hold only what they still see. A step writes a few numbers into buffers that
 stay bound to the request; tensors are bound anew only when the number of tokens or blocks changes.
+
+An exception may come at any instruction (Ctrl-C). Where it comes while the model computes, the tokens held before stay
+held, since a step writes behind them only; where it comes while caches or bindings change, the next call begins anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +63,23 @@ class PagedModel:
         self.device = device
         self.vocab_size = int(self._compiled.output("logits").get_partial_shape()[2].get_length())
         self.context_length = manifest.context_length or UNKNOWN_CONTEXT_LENGTH
-        self.num_tokens = 0
         self._request = self._compiled.create_infer_request()
         # On one thread the plugin runs in the caller's own; a hand-over to its thread would only add its wake-up time.
-        is_inline = device == "CPU" and num_threads(config, weight_bytes) == 1
-        self._infer = partial(self._request.infer, share_outputs=True) if is_inline else self._start_and_wait
+        self._is_inline = device == "CPU" and num_threads(config, weight_bytes) == 1
         names = {name for port in self._compiled.inputs for name in port.get_names()}
         self._has_positions = "position_ids" in names
-        self.cache: KvCache = (
-            BlockCache(self._compiled, self._request, attention)
-            if attention
-            else StockCache(self._compiled, self._request, device)
-        )
+        self._attention = attention
         self._alive: dict[str, NDArray[Any]] = {}
         self._buffers: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-        self._bound: tuple[int, int] = (0, 0)
-        self.reserve(1)
+        self._is_computing = self._is_whole = False
+        self._num_tokens, self._bound = 0, (0, 0)
+        self.cache: KvCache
+        self._begin_anew()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values are held."""
+        return self._num_tokens if self._is_whole else 0
 
     def forward(self, token_ids: list[int], num_rows: int) -> Rows:
         """Append T tokens and return the logits of the last `num_rows`, (num_rows, V): valid until the next call.
@@ -83,10 +87,13 @@ class PagedModel:
         Raises:
             ContextOverflowError: The context does not hold them.
         """
-        past, width = self.num_tokens, len(token_ids)
+        self._settle()
+        past, width = self._num_tokens, len(token_ids)
         end = past + width
+        self._check_fits(end)
+        self._is_whole = False
         if end > self.cache.capacity:
-            self._grow(end)
+            self.cache.reserve(min(max(end, int(self.cache.capacity * GROWTH)), self.context_length))
         if self._bound != (width, num_rows):
             self._bind(width, num_rows)
         ids, positions = self._buffers[width]
@@ -95,8 +102,9 @@ class PagedModel:
         else:
             ids[:], positions[:] = token_ids, range(past, end)
         self.cache.hold(past, end)
+        self._is_whole = True
         self._infer()
-        self.num_tokens = end
+        self._num_tokens = end
         rows: Rows = self._request.get_output_tensor(0).data
         return rows.reshape(num_rows, self.vocab_size)
 
@@ -105,7 +113,7 @@ class PagedModel:
     ) -> Rows:
         """Append tokens to each of B sequences; return the logits after the last of each, (B, V).
 
-        From then on the model holds these sequences in place of its own, see `batch.SequenceBatch`.
+        `reserve_sequences` comes first, see `batch.SequenceBatch`.
 
         Args:
             token_ids: Of each sequence, at least one.
@@ -123,13 +131,29 @@ class PagedModel:
 
     def rollback(self, num_tokens: int) -> int:
         """Keep the first `num_tokens` tokens, or none where what they see is gone; forget the rest, return the kept."""
-        if num_tokens < self.num_tokens:
-            self.num_tokens = self.cache.rollback(num_tokens)
-        return self.num_tokens
+        self._settle()
+        if num_tokens < self._num_tokens:
+            self._is_whole = False
+            self._num_tokens = self.cache.rollback(num_tokens)
+            self._is_whole = True
+        return self._num_tokens
 
     def reserve(self, num_tokens: int) -> None:
         """Allocate the caches for `num_tokens` tokens, or for the context's length if that is less."""
+        self._settle()
+        self._is_whole = False
         self.cache.reserve(min(num_tokens, self.context_length))
+        self._is_whole = True
+
+    def reserve_sequences(self, blocks: int) -> None:
+        """Give up the sequence held, and make room for so many blocks of several; the next `forward` begins anew."""
+        self._settle()
+        self._is_whole = False
+        self.cache.reserve_blocks(blocks)
+
+    def assume(self, num_tokens: int) -> None:
+        """Take so many tokens for held, for which the caches have room: to measure what a step after them costs."""
+        self._num_tokens = num_tokens
 
     def blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold `num_tokens` tokens."""
@@ -149,9 +173,34 @@ class PagedModel:
         ours = {"attention": "block_sparse", "kv_cache_precision": self._kv_type} if self._kv_type else {}
         return shown | ours | ({"mlp": self._mlp} if self._mlp else {})
 
-    def _start_and_wait(self) -> None:
+    def _settle(self) -> None:
+        """Make good what an interrupted call left: its inference may still run, or the caches be half changed."""
+        if self._is_computing:
+            with contextlib.suppress(RuntimeError):  # whoever asked for it has left
+                self._request.wait()
+            self._is_computing = False
+        if not self._is_whole:
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._is_whole = False
+        self._num_tokens, self._bound = 0, (0, 0)
+        self.cache = (
+            BlockCache(self._compiled, self._request, self._attention)
+            if self._attention
+            else StockCache(self._compiled, self._request, self.device)
+        )
+        self.cache.reserve(1)
+        self._is_whole = True
+
+    def _infer(self) -> None:
+        if self._is_inline:
+            self._request.infer(share_outputs=True)
+            return
+        self._is_computing = True
         self._request.start_async()
         self._request.wait()
+        self._is_computing = False
 
     def _bind(self, width: int, num_rows: int) -> None:
         """Bind the input buffers for T = `width` tokens."""
@@ -178,13 +227,12 @@ class PagedModel:
         self._alive[name] = values  # the tensor only points into it
         self._request.set_tensor(name, ov.Tensor(values, shared_memory=True))
 
-    def _grow(self, num_tokens: int) -> None:
+    def _check_fits(self, num_tokens: int) -> None:
         if num_tokens > self.context_length:
             raise ContextOverflowError(
                 f"{num_tokens} tokens do not fit the model's context of {self.context_length}",
                 "shorten the prompt, or use a model with a longer context",
             )
-        self.reserve(max(num_tokens, int(self.cache.capacity * GROWTH)))
 
 
 OUR_OPSET = b'version="edge"'

@@ -1,19 +1,26 @@
-"""Logits to a distribution to a token: numpy, with an explicit random generator.
+"""Logits to a distribution to a token: numpy, with an explicit source of randomness.
 
 One order for target and draft alike: logit bias, penalties, temperature, top-k, top-p, min-p. Greedy decoding is the
 limit temperature -> 0, a distribution with all its mass on one token, so that speculation needs a single acceptance
 rule (`speculative.py`). Distributions keep only the tokens that survived the filters: with a vocabulary of 150 000
 this is what makes sampling cheap.
+
+With a seed the randomness of a position is fixed before anything is drafted (`noise.py`): its distribution is then a
+point mass too, on the token that the seed draws, and speculation keeps a draft while it equals that token.
 """
 
 from __future__ import annotations
 
+import math
+from random import Random
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.config import GenerationConfig
+from edge_runtime.errors import LogitsError
+from edge_runtime.noise import Noise
 
 Logits = NDArray[np.float32]
 
@@ -154,17 +161,19 @@ class TokenCounts:
 
 
 class Sampler:
-    """One request's sampling state: options, token counts and random generator.
+    """One request's sampling state: options, position, token counts and randomness.
 
     Args:
         config: The request's options.
         prompt_ids: Tokens before the answer; the repetition penalty sees them too.
-        random: Source of all randomness of the request.
+        random: Source of what is drawn without a seed, and by drafters of other kinds; None for one of its own.
     """
 
-    def __init__(self, config: GenerationConfig, prompt_ids: list[int], random: UniformSource) -> None:
+    def __init__(self, config: GenerationConfig, prompt_ids: list[int], random: UniformSource | None = None) -> None:
         self.config = config
-        self.random = random
+        self.random = random or Random(None if config.seed is None else f"{config.seed:x}")
+        self._noise = None if config.seed is None else Noise(config.seed)
+        self._position = len(prompt_ids)
         self._bias = {i: b for i, b in config.logit_bias.items() if b != 0}
         self._has_penalty = (
             config.repetition_penalty != 1 or config.presence_penalty != 0 or config.frequency_penalty != 0
@@ -172,42 +181,74 @@ class Sampler:
         self._counts = TokenCounts(prompt_ids)
 
     def push(self, token_id: int) -> None:
-        """Take a token, emitted or drafted, into the penalties."""
+        """Go on to the next position, after a token that was emitted or drafted."""
+        self._position += 1
         if self._has_penalty:
             self._counts.push(token_id)
 
     def pop(self, token_id: int) -> None:
-        """Take a drafted token out of the penalties again."""
+        """Go back over a drafted token."""
+        self._position -= 1
         if self._has_penalty:
             self._counts.pop(token_id)
 
     def distribution(self, logits: Logits) -> Distribution:
-        """Return the distribution that the next token is drawn from.
+        """Return what the next token is drawn from: a point mass with a seed, and at temperature 0.
 
         Args:
             logits: (V,) raw logits of one position; not modified.
+
+        Raises:
+            LogitsError: The logits are NaN or infinite, or the options forbid every token.
         """
-        if self._has_penalty or self._bias:
-            logits = self._adjusted(logits)
+        adjusted = self._adjusted(logits) if self._has_penalty or self._bias else logits
+        best = int(adjusted.argmax())  # the first NaN, if there is one
+        if not math.isfinite(adjusted[best]):
+            raise _no_token(float(adjusted[best]), logits)
         if self.config.is_greedy:
-            return PointMass(int(logits.argmax()))
-        return filtered_distribution(logits, self.config)
+            return PointMass(best)
+        if self._noise:
+            return PointMass(self._noise.winner(self._position, *_surviving(adjusted, self.config)))
+        return filtered_distribution(adjusted, self.config)
 
     def _adjusted(self, logits: Logits) -> Logits:
         logits = logits.astype(np.float32, copy=True)
         config = self.config
-        for token_id, bias in self._bias.items():
-            if token_id < len(logits):
-                logits[token_id] += bias
-        if config.repetition_penalty != 1:
-            seen = self._counts.seen(len(logits))
-            values = logits[seen]
-            scale = np.float32(config.repetition_penalty)
-            logits[seen] = np.where(values > 0, values / scale, values * scale)
-        if config.presence_penalty or config.frequency_penalty:
-            ids, counts = self._counts.generated(len(logits))
-            logits[ids] -= np.float32(config.presence_penalty) + np.float32(config.frequency_penalty) * counts
+        with np.errstate(over="ignore", invalid="ignore"):  # judged by the largest logit that comes out
+            for token_id, bias in self._bias.items():
+                if token_id < len(logits):
+                    logits[token_id] += bias
+            if config.repetition_penalty != 1:
+                seen = self._counts.seen(len(logits))
+                values = logits[seen]
+                scale = np.float32(config.repetition_penalty)
+                logits[seen] = np.where(values > 0, values / scale, values * scale)
+            if config.presence_penalty or config.frequency_penalty:
+                ids, counts = self._counts.generated(len(logits))
+                logits[ids] -= np.float32(config.presence_penalty) + np.float32(config.frequency_penalty) * counts
         return logits
+
+
+def _no_token(largest: float, logits: Logits) -> LogitsError:
+    """Return the error that names why no token can be drawn.
+
+    Args:
+        largest: Largest logit after bias and penalties; not finite.
+        logits: (V,) raw logits.
+    """
+    if not math.isfinite(raw := float(logits.max())):
+        return LogitsError(
+            f"the model's largest logit is {raw}, expected a finite number",
+            "load the model with precision=f32; if that does not help, export it again",
+        )
+    if largest == -math.inf:
+        return LogitsError(
+            "the options forbid every token: no logit is above -inf", "allow at least one token in logit_bias"
+        )
+    return LogitsError(
+        f"logit_bias and penalties make the largest logit {largest}, expected a finite number",
+        "use a smaller logit_bias or penalty",
+    )
 
 
 def filtered_distribution(logits: Logits, config: GenerationConfig) -> Categorical:
@@ -216,14 +257,23 @@ def filtered_distribution(logits: Logits, config: GenerationConfig) -> Categoric
     Work over the whole vocabulary is in float32 and without sorting; sums are float64.
 
     Args:
-        logits: (V,) logits after bias and penalties.
+        logits: (V,) logits after bias and penalties, the largest one finite.
         config: Options with temperature > 0.
 
     Returns:
         The normalised distribution over the surviving tokens; the most likely token always survives.
     """
-    scaled = logits - logits.max()
+    ids, weights = _surviving(logits, config)
+    return Categorical(ids, weights.astype(np.float64))
+
+
+def _surviving(logits: Logits, config: GenerationConfig) -> tuple[NDArray[np.int64] | None, Logits]:
+    """Return the ids of the tokens that the filters keep, ascending, and their weights, the largest 1.
+
+    The ids are None where all of the vocabulary survives.
+    """
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the most likely token to -inf, rightly
+        scaled = logits - logits.max()
         scaled /= np.float32(max(config.temperature, SMALLEST_TEMPERATURE))
     ids: NDArray[np.int64] | None = None
     if 0 < config.top_k < len(scaled):
@@ -232,7 +282,7 @@ def filtered_distribution(logits: Logits, config: GenerationConfig) -> Categoric
         ids, scaled = _keep(ids, scaled, np.sort(_nucleus(scaled, config.top_p)))
     if config.min_p > 0:
         ids, scaled = _keep(ids, scaled, np.flatnonzero(scaled >= np.log(config.min_p)))
-    return Categorical(ids, np.exp(scaled).astype(np.float64))
+    return ids, np.exp(scaled)
 
 
 def _nucleus(scaled: Logits, top_p: float) -> NDArray[np.int64]:
@@ -279,11 +329,11 @@ def top_logprobs(logits: Logits, token_id: int, count: int) -> tuple[float, list
     Args:
         logits: (V,) raw logits: the model's own distribution, before penalties and temperature.
         token_id: The emitted token.
-        count: How many most likely tokens to report; 0 for none.
+        count: How many most likely tokens to report; 0 for none. Fewer are reported where fewer are possible.
     """
     values = logits.astype(np.float64)
     values -= values.max()
     values -= np.log(np.exp(values).sum())
     best = _largest(values, count) if count else np.empty(0, np.int64)
     best = best[np.argsort(-values[best], kind="stable")]
-    return float(values[token_id]), [(int(i), float(values[i])) for i in best]
+    return float(values[token_id]), [(int(i), float(values[i])) for i in best if values[i] > -math.inf]

@@ -5,7 +5,8 @@ A draft token x drawn from q is kept with probability min(1, p(x) / q(x)); after
 position is drawn from max(0, p - q), normalised. The emitted token then has distribution p exactly, whatever q is. p
 and q are taken after bias, penalties, temperature and filters, so what is sampled is what the options say.
 
-At temperature 0 p and q are point masses: the rule becomes "keep while equal to the target's own choice".
+At temperature 0 p and q are point masses: the rule becomes "keep while equal to the target's own choice". With a seed
+they are too: both are drawn by the noise of that position (`noise.py`), so that the text does not depend on the draft.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.errors import LogitsError
 from edge_runtime.sampling import Distribution, PointMass, Sampler, UniformSource
 
 
@@ -49,19 +51,27 @@ def verify(logits: NDArray[np.float32], proposal: Proposal, sampler: Sampler) ->
         sampler: The request's sampler; every emitted token is pushed to it.
 
     Returns:
-        Between 1 and K + 1 tokens.
+        Between 1 and K + 1 tokens. Where a row gives no token, those before it: the next block begins with that row.
+
+    Raises:
+        LogitsError: The first row gives no token.
     """
     emitted: list[int] = []
-    for drafted, drafted_from, row in zip(proposal.token_ids, proposal.distributions, logits, strict=False):
-        wanted = sampler.distribution(row)
-        if not accepts(drafted, wanted, drafted_from, sampler.random):
-            emitted.append(wanted.residual(drafted_from).sample(sampler.random))
-            sampler.push(emitted[-1])
-            return VerifiedBlock(emitted, len(emitted) - 1)
-        emitted.append(drafted)
-        sampler.push(drafted)
-    emitted.append(sampler.distribution(logits[len(emitted)]).sample(sampler.random))
-    sampler.push(emitted[-1])
+    try:
+        for drafted, drafted_from, row in zip(proposal.token_ids, proposal.distributions, logits, strict=False):
+            wanted = sampler.distribution(row)
+            if not accepts(drafted, wanted, drafted_from, sampler.random):
+                emitted.append(wanted.residual(drafted_from).sample(sampler.random))
+                break
+            emitted.append(drafted)
+            sampler.push(drafted)
+        else:
+            emitted.append(sampler.distribution(logits[len(emitted)]).sample(sampler.random))
+    except LogitsError:
+        if not emitted:
+            raise
+    else:
+        sampler.push(emitted[-1])
     return VerifiedBlock(emitted, len(emitted) - 1)
 
 

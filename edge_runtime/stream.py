@@ -1,21 +1,23 @@
 """One request as text: a stream of chunks, and its result.
 
 The engine emits tokens; here they become text that never cuts a character, stop strings end it, and a cancel or a
-consumer that leaves ends the request with what was generated so far.
+consumer that leaves ends the request with what was generated so far. Whether a stream computes is known from its
+generator alone: no flag or lock of ours can be wrong after an exception that comes at any instruction.
 """
 
 from __future__ import annotations
 
-import inspect
-import threading
+import contextlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from edge_runtime.config import GenerationConfig
 from edge_runtime.engine import Token
+from edge_runtime.errors import ConfigError
 from edge_runtime.metrics import Metrics
 from edge_runtime.stop import StopStrings
+from edge_runtime.turns import Turn
 
 if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM
@@ -56,8 +58,13 @@ class GenerationResult:
 class TextStream:
     """The chunks of one request as they are generated.
 
-    Other threads' requests wait until it is exhausted, closed, cancelled or dropped; one of the same thread goes first,
-    and this stream continues when it is asked for its next chunk. What was generated stays in `result`.
+        with llm.stream("Once upon a time") as stream:
+            for chunk in stream:
+                print(chunk.text, end="")
+
+    Other threads' requests wait until it is exhausted or closed, or until its reader has not asked for a chunk for a
+    while (`turns.IDLE_S`); one of the same thread goes first. A stream that has given way continues when it is asked
+    for its next chunk. What was generated stays in `result`.
     """
 
     def __init__(
@@ -67,34 +74,36 @@ class TextStream:
         config: GenerationConfig,
         on_prefill: Callable[[int, int], None] | None,
     ) -> None:
-        self._turns = llm.turns
         self._answer = _Answer(llm, prompt_ids, config, on_prefill)
         self._chunks = self._answer.run()
+        self._turn = self._answer.turn = Turn(llm.turns, self._chunks)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> TextChunk:
-        if inspect.getgeneratorstate(self._chunks) == inspect.GEN_CLOSED:  # no turn is needed to say so
-            raise StopIteration
-        self._turns.take(self)
         try:
             return next(self._chunks)
-        except BaseException:
-            self._turns.give_back(self)
-            raise
-
-    def __del__(self) -> None:
-        self.close()
+        except ValueError as error:
+            if error.__traceback__ and error.__traceback__.tb_next:  # it comes from within
+                raise
+            raise ConfigError(
+                "a stream is asked for a chunk while it computes one", "read it in one thread, outside of its callbacks"
+            ) from None
 
     def cancel(self) -> None:
-        """End the request after the current token; may be called from any thread."""
-        self._answer.cancelled.set()
+        """End the request after the current token; may be called from any thread and from a signal's handler."""
+        self._turn.cancel()
 
     def close(self) -> None:
-        """End the request now; what follows is not generated."""
-        self._chunks.close()
-        self._turns.give_back(self)
+        """End the request after the current token, and let others go on at once; may be called from any thread."""
+        self._turn.close()
 
     def finish(self) -> GenerationResult:
         """Generate the rest and return the result."""
@@ -107,17 +116,14 @@ class TextStream:
         """What was generated so far; complete once the iterator is exhausted."""
         return self._answer.result
 
-    @property
-    def is_computing(self) -> bool:
-        """Whether a chunk is being generated right now."""
-        return inspect.getgeneratorstate(self._chunks) == inspect.GEN_RUNNING
-
 
 class _Answer:
     """What one request has produced so far, and the generator that produces it.
 
     Apart from `TextStream`, so that nothing but its user holds the stream: when it is dropped, the request ends.
     """
+
+    turn: Turn
 
     def __init__(
         self,
@@ -130,8 +136,7 @@ class _Answer:
         self._metrics = Metrics(load_s=llm.load_s)
         self._tokens: list[Token] = []
         self._text: list[str] = []
-        self._finish_reason = "cancelled"
-        self.cancelled = threading.Event()
+        self._finish_reason: str | None = None
 
     @property
     def result(self) -> GenerationResult:
@@ -139,17 +144,23 @@ class _Answer:
         return GenerationResult(
             text="".join(self._text),
             token_ids=[token.token_id for token in self._tokens],
-            finish_reason=self._finish_reason,
+            finish_reason=self._finish_reason or "cancelled",
             metrics=self._metrics,
             logprobs=None if self._config.logprobs is None else self._tokens,
         )
 
     def run(self) -> Generator[TextChunk, None, None]:
-        """Generate."""
-        try:
-            yield from self._generate()
-        except _CancelledError:
-            return
+        """Generate, while it is this request's turn."""
+        chunks = self._generate()
+        with contextlib.suppress(_CancelledError):
+            while self._finish_reason is None and self.turn.take():
+                chunk = next(chunks)
+                if self._finish_reason is None:
+                    self.turn.pause()
+                else:
+                    self.turn.give_back()
+                yield chunk
+        self.turn.give_back()
 
     def _generate(self) -> Iterator[TextChunk]:
         config = self._config
@@ -160,15 +171,15 @@ class _Answer:
         )
         for token in tokens:
             self._tokens.append(token)
-            yield self._chunk(stop.push(decoder.push(token.token_id)), token)
+            text = stop.push(decoder.push(token.token_id))
             if stop.is_found:
                 self._finish_reason = "stop"
-                return
-            if self.cancelled.is_set():
+            yield self._chunk(text, token)
+            if stop.is_found:
                 return
         at_limit = len(self._tokens) >= config.max_new_tokens
-        yield self._chunk(stop.push(decoder.flush()) + stop.flush(), None)
         self._finish_reason = "length" if at_limit or self._is_context_full else "stop"
+        yield self._chunk(stop.push(decoder.flush()) + stop.flush(), None)
 
     @property
     def _is_context_full(self) -> bool:
@@ -179,7 +190,7 @@ class _Answer:
         return TextChunk(text, token)
 
     def _check_cancelled(self, done: int, wanted: int) -> None:
-        if self.cancelled.is_set():
+        if self.turn.is_cancelled:
             raise _CancelledError
         if self._on_prefill:
             self._on_prefill(done, wanted)

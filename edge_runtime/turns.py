@@ -1,59 +1,161 @@
-"""Whose turn it is: one stream at a time uses the models, from its first token to its last.
+"""Whose turn it is: one request at a time uses the models, and keeps them while its reader keeps asking.
 
-Other threads wait for the end of it. A thread that begins another stream while it has read one of its own only half
-way goes on with the new one, since it could not read on and wait at once; the half-read one goes on when it is asked
-for its next token, and its sequence is read again. A stream that nobody holds any more has no turn.
+A request is a generator that takes the turn before each step and pauses after it. Others wait, the first come first. A
+turn that is paused for longer than IDLE_S while others wait goes to the next of them: a slow reader loses it, and so
+does one that will never ask again, whoever still holds its stream. It also goes to another request of the very thread
+that has paused it, which could not read on and wait at once. Who has lost a turn waits for another, and reads its
+sequence again.
+
+Nothing here has to be put right after an exception, wherever it came: whether a turn is in use is read off the
+generator, which is running or not, and those who wait look again every POLL_S. The locks are those of the interpreter,
+which an interruption cannot leave taken, as it can a `threading.Condition`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import math
 import threading
+import time
 import weakref
-from typing import Protocol
+from collections.abc import Generator
+from typing import Any
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.forks import HomeProcess
 
+IDLE_S = 0.1
+"""How long a turn waits for its reader while others wait for the turn: to read a sequence again often costs more."""
+POLL_S = 0.05
 
-class Stream(Protocol):
-    """What takes turns."""
-
-    @property
-    def is_computing(self) -> bool:
-        """Whether it is producing a token right now, rather than waiting to be asked for one."""
+Steps = Generator[Any, None, None]
 
 
 class Turns:
-    """Gives the turn to one stream after another."""
+    """Gives the turn to one request after another.
 
-    def __init__(self) -> None:
-        self._changed = threading.Condition()  # re-entrant: a stream may be dropped while another takes its turn
-        self._holder: weakref.ref[Stream] | None = None
+    Args:
+        home: Where the models were loaded.
+    """
+
+    def __init__(self, home: HomeProcess) -> None:
+        self._home = home
+        self._lock = threading.RLock()  # re-entrant: a signal's handler may close a stream
+        self._waiting: list[Turn] = []
+        self._holder: Turn | None = None
         self._thread = 0
+        self._paused_at = math.inf
 
-    def take(self, stream: Stream) -> None:
-        """Wait until it is the stream's turn.
+    def take(self, turn: Turn) -> bool:
+        """Wait for the turn; return whether it came before the request was cancelled.
 
         Raises:
-            ConfigError: The thread's own stream is computing: a callback tries to begin another.
+            ConfigError: A callback of the request that is computing asks for it.
+            EdgeError: The process is a fork of that which loaded the models.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._may_take(stream))
-            self._holder, self._thread = weakref.ref(stream), threading.get_ident()
+        self._home.check()
+        while not turn.is_cancelled:
+            if self._take_if_free(turn):
+                return True
+            turn.sleep(POLL_S)
+        return False
 
-    def give_back(self, stream: Stream) -> None:
-        """Let others go on, if it was the stream's turn."""
-        with self._changed:
-            if self._current() in (stream, None):
+    def pause(self) -> None:
+        """Begin to wait for the next step of the request that has the turn."""
+        self._paused_at = time.perf_counter()
+
+    def give_back(self, turn: Turn) -> None:
+        """Let others go on; only the turn's own request calls this."""
+        with self._lock:
+            if self._holder is turn:
                 self._holder = None
-                self._changed.notify_all()
+        self.wake()
 
-    def _may_take(self, stream: Stream) -> bool:
-        holder = self._current()
-        if holder in (stream, None) or self._thread != threading.get_ident():
-            return holder in (stream, None)
-        if holder.is_computing:
-            raise ConfigError("a request was started from within a callback of another", "start it after the other")
-        return True
+    def wake(self) -> None:
+        """Let those who wait look again."""
+        for turn in self._waiting.copy():
+            turn.wake()
 
-    def _current(self) -> Stream | None:
-        return self._holder() if self._holder is not None else None
+    def _take_if_free(self, turn: Turn) -> bool:
+        with self._lock:
+            if self._holder is not turn:
+                if turn not in self._waiting:
+                    self._waiting.append(turn)
+                while not self._waiting[0].is_running:  # it was interrupted or cancelled
+                    del self._waiting[0]
+                if not self._is_free() or self._waiting[0] is not turn:
+                    return False
+                del self._waiting[0]
+            self._holder, self._thread, self._paused_at = turn, threading.get_ident(), math.inf
+            return True
+
+    def _is_free(self) -> bool:
+        holder, is_own_thread = self._holder, self._thread == threading.get_ident()
+        if holder is None:
+            return True
+        if holder.is_running:
+            if is_own_thread and self._paused_at == math.inf:
+                raise ConfigError("a request was started from within a callback of another", "start it after the other")
+            return False
+        return holder.is_over or is_own_thread or time.perf_counter() - self._paused_at > IDLE_S
+
+
+class Turn:
+    """One request's part in taking turns.
+
+    Args:
+        turns: Of the models.
+        steps: The request; it calls the methods below.
+    """
+
+    def __init__(self, turns: Turns, steps: Steps) -> None:
+        self._turns = turns
+        self._steps = weakref.ref(steps)  # the turns keep nothing alive
+        self._asleep = threading.Lock()
+        self.is_cancelled = False
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the request computes or waits for its turn, rather than for its reader."""
+        return self._state == inspect.GEN_RUNNING
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step will follow."""
+        return self.is_cancelled or self._state == inspect.GEN_CLOSED
+
+    def take(self) -> bool:
+        """Wait for the turn; return whether it came before the request was cancelled."""
+        return self._turns.take(self)
+
+    def pause(self) -> None:
+        """Keep the turn for a while, for the reader to ask for the next step."""
+        self._turns.pause()
+
+    def give_back(self) -> None:
+        """Let others go on."""
+        self._turns.give_back(self)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep until `wake`, or so long."""
+        self._asleep.acquire(timeout=seconds)
+
+    def wake(self) -> None:
+        """Wake the one who sleeps, or the next who would."""
+        with contextlib.suppress(RuntimeError):  # awake already
+            self._asleep.release()
+
+    def cancel(self) -> None:
+        """End the request after its current step. Takes no lock, so a signal's handler may call it anywhere."""
+        self.is_cancelled = True
+
+    def close(self) -> None:
+        """End the request after its current step, and let others go on as soon as it is over."""
+        self.is_cancelled = True
+        self._turns.wake()
+
+    @property
+    def _state(self) -> str:
+        steps = self._steps()
+        return inspect.GEN_CLOSED if steps is None else inspect.getgeneratorstate(steps)

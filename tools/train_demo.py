@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 import sysconfig
 import time
@@ -30,6 +29,7 @@ from edge_export.fastdraft.stages import train_draft
 from edge_export.one_epoch import Ledger
 from edge_export.quiet import quiet
 from edge_export.train import Progress, TrainConfig, best_precision, train
+from edge_runtime import strict_json
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE, CONTEXT = 8192, 1024
@@ -55,7 +55,7 @@ def make_tokenizer(files: Sequence[Path], out: Path) -> Tokenizer:
         out.mkdir(parents=True, exist_ok=True)
         corpus.train_bpe(files, VOCAB_SIZE, END_OF_TEXT).save(str(out / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": CONTEXT}
-        (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (out / "tokenizer_config.json").write_text(strict_json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return Tokenizer.from_file(str(out / "tokenizer.json"))
 
 
@@ -89,7 +89,7 @@ def write_prompts(arguments: argparse.Namespace, tokenizer: Tokenizer, path: Pat
         _, held_out = windows_of(kind, arguments, tokenizer)
         for window in corpus.shuffled(held_out, seed=0)[:NUM_PROMPTS]:
             prompt = tokenizer.decode(window[:PROMPT_TOKENS].tolist())
-            lines.append(json.dumps({"category": kind, "prompt": prompt}, ensure_ascii=False))
+            lines.append(strict_json.dumps({"category": kind, "prompt": prompt}, ensure_ascii=False))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -182,7 +182,8 @@ class WholeModel:
         model.cache.hold(past, end)
         for tensor in model.cache.tensors:
             tensor.data.fill(0)
-        self._past = model.num_tokens = past
+        self._past = past
+        model.assume(past)
 
     def step(self, count: int) -> None:
         """Compute `count` tokens after those held."""

@@ -52,7 +52,9 @@ class CatsModelBench:
     def __init__(self, folder: Path, text: Path, num_tokens: int) -> None:
         self._manifest = load_manifest(folder)
         if self._manifest.mlp is None or not self._manifest.mlp.activation_sparsity:
-            raise ConfigError(f"`{folder}` skips no neurons", "export the model with `--cats 0.5`")
+            raise ConfigError(
+                f"`{folder}` was exported without --cats, so it skips no neurons", "export the model with `--cats 0.5`"
+            )
         self._folder, self._text, self._num_tokens = folder, text, num_tokens
         self._bytes_read = byte_counter()
         self._rows: list[dict[str, Any]] = []

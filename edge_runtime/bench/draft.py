@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from edge_runtime.api import EdgeLLM
@@ -21,7 +22,7 @@ from edge_runtime.bench.rows import acceptance, num_decoded, num_equal, rounded,
 from edge_runtime.bench.settings import DraftSettings
 from edge_runtime.bench.steps import REPEATS, Step, median_step, predicted_speedup, run_step, step_counts
 from edge_runtime.bench.variants import Variant, make_variants
-from edge_runtime.engine import check_prompt, random_source
+from edge_runtime.engine import check_prompt
 from edge_runtime.errors import ConfigError, ContextOverflowError
 from edge_runtime.manifest import load_manifest, weight_bytes
 from edge_runtime.metrics import Metrics, mbsu
@@ -122,7 +123,7 @@ class DraftBench:
             self._steps[prompt.category, drafter, length] += steps[1:]
 
     def _sampler(self, ids: list[int]) -> Sampler:
-        return Sampler(self._settings.request(), ids, random_source(0))
+        return Sampler(self._settings.request(), ids, Random(0))
 
     def _row(self, category: str, index: int, variant: Variant) -> dict[str, Any]:
         answers = [of_prompt[index] for of_prompt in self._answers[category]]

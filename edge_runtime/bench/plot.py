@@ -34,7 +34,7 @@ def check_plot(path: Path) -> None:
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"the plot is `{path}`, expected a name that ends in {', '.join(FORMATS)}")
     if not path.parent.is_dir():
-        raise ConfigError(f"the plot's folder `{path.parent}` does not exist", "make it first")
+        raise ConfigError(f"the plot's folder `{path.parent}` does not exist", "create the folder first")
 
 
 def save_plot(rows: Rows, path: Path) -> None:

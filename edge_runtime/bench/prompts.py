@@ -11,7 +11,7 @@ from edge_runtime.errors import ConfigError
 
 ONE_CATEGORY = "all"
 """Category of a prompt that names none."""
-HINT = 'a line is an object such as {"prompt": "Once upon a time", "category": "stories"}'
+HINT = 'each line must be an object such as {"prompt": "Once upon a time", "category": "stories"}'
 
 
 class Prompt(NamedTuple):
@@ -59,5 +59,5 @@ def _read_prompt(path: Path, number: int, line: bytes) -> Prompt:
     fields = content if isinstance(content, dict) else {}
     text, category = fields.get("prompt"), fields.get("category", ONE_CATEGORY)
     if not (isinstance(text, str) and text and isinstance(category, str) and category):
-        raise ConfigError(f"line {number} of `{path}` is no prompt: {line.decode():.60}", HINT)
+        raise ConfigError(f"line {number} of `{path}` is not a prompt: {line.decode():.60}", HINT)
     return Prompt(text, category, number)

@@ -33,7 +33,9 @@ class DraftSettings:
         for length in self.num_draft_tokens:
             self.request(num_draft_tokens=length)
             if length < 1:
-                raise ConfigError(f"num_draft_tokens is {length}, expected at least 1", "plain decoding is included")
+                raise ConfigError(
+                    f"num_draft_tokens is {length}, expected at least 1", "plain decoding always runs for comparison"
+                )
 
     def request(self, **options: Any) -> GenerationConfig:
         """Return the options of one answer."""
@@ -69,7 +71,7 @@ class CatsSettings:
         if not self.rows or min(self.rows) < 1 or self.rounds < 1:
             raise ConfigError(f"rows is {self.rows} and rounds {self.rounds}, expected numbers of at least 1")
         if any(not 0 <= share < 1 for share in self.sparsity):
-            raise ConfigError(f"sparsity is {self.sparsity}, expected shares of 0 and more and below 1")
+            raise ConfigError(f"sparsity is {self.sparsity}, expected fractions from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +110,9 @@ class AttentionSettings:
             raise ConfigError(f"{self.num_heads} heads cannot share {self.num_kv_heads} KV heads evenly")
         if not self.contexts or min(self.contexts) < 2 * self.chunk:
             raise ConfigError(
-                f"contexts are {list(self.contexts)}, expected at least two chunks of {self.chunk} tokens"
+                f"contexts are {list(self.contexts)}, expected each to be at least two chunks of {self.chunk} tokens"
             )
         if self.head_size % 16 or self.head_size > 256:
             raise ConfigError(f"head_size is {self.head_size}, expected a multiple of 16 up to 256")
         if any(stride < 1 for stride in self.strides):
-            raise ConfigError(f"strides are {list(self.strides)}, expected numbers of blocks")
+            raise ConfigError(f"strides are {list(self.strides)}, expected numbers of at least 1")

@@ -12,24 +12,40 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+from typing import Any
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end: what has begun is cleaned up as after Ctrl-C.
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
 def main() -> None:
     """Run `edge-run` with the process's arguments, and exit."""
     _open_closed_streams()
+    _clean_up_when_terminated()
     try:
         from edge_runtime.cli.app import run
 
         code = run(sys.argv[1:])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # a full disk, or a reader that has left
                 stream.flush()
-        os._exit(INTERRUPTED)  # not sys.exit, which waits for a thread that may still compile a model
+        # Not sys.exit, which waits for a thread that may still compile a model.
+        os._exit(getattr(interrupt, "exit_code", INTERRUPTED))
     sys.exit(code)
 
 
@@ -41,3 +57,15 @@ def _open_closed_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open until the process ends
+
+
+def _clean_up_when_terminated() -> None:
+    """Treat SIGTERM, and SIGHUP of a closed terminal, like Ctrl-C; where they are ignored, they stay so."""
+
+    def end(number: int, _: Any) -> None:
+        raise Terminated(number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)

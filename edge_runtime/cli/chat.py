@@ -128,7 +128,7 @@ class Conversation:
         if result.text:
             self._messages += [question, {"role": "assistant", "content": result.text}]
         else:
-            console.note("no answer, so the question is not kept")
+            console.note("the model gave no answer, so the question is not kept")
         self._comment(result)
 
     def _comment(self, result: GenerationResult) -> None:
@@ -140,7 +140,11 @@ class Conversation:
             console.note(f"{metrics.tokens_per_second:.0f} tokens/s, {accepted}{used} of {limit} tokens of context")
         if result.finish_reason == "length":
             full = f"the context of {limit} tokens is full: {MAKE_ROOM}"
-            console.note(full if used >= limit else f"cut off after {metrics.new_tokens} tokens: `-n` sets how many")
+            console.note(
+                full
+                if used >= limit
+                else f"the answer was cut off after {metrics.new_tokens} tokens; `-n` raises the limit"
+            )
         if sys.stderr.isatty():
             console.note("")
 
@@ -206,7 +210,8 @@ def read_message() -> str:
         except EOFError:
             _end_prompt_line()
             raise ConfigError(
-                f"the message is dropped: it began with {BLOCK} and was not ended", "end it so too"
+                f"the message is dropped: its closing {BLOCK} is missing",
+                f"end a message of several lines with {BLOCK}",
             ) from None
     return "\n".join(lines).rstrip().removesuffix(BLOCK).strip("\n")
 

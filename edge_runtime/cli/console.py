@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import json
 import os
 import shutil
 import sys
@@ -17,6 +16,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
 import typer
+
+from edge_runtime import strict_json
 
 if TYPE_CHECKING:
     from edge_runtime.metrics import Metrics
@@ -51,7 +52,7 @@ def write(text: str) -> None:
 
 def write_json(value: Any) -> None:
     """Print one JSON object."""
-    write(json.dumps(value, ensure_ascii=False) + "\n")
+    write(strict_json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def note(text: str) -> None:

@@ -29,13 +29,14 @@ def export(
         str, typer.Option(metavar="TYPE", help="Precision of the stored weights: f32, f16, bf16, int8 or int4.")
     ] = "int8",
     group_size: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="N",
-            help="Size of a quantisation group of int4 weights; -1 gives each channel one scale.",
+            help="Size of a quantisation group of int4 weights; -1 gives each channel one scale; "
+            "by default the largest up to 128 that fits every layer.",
             rich_help_panel=ADVANCED,
         ),
-    ] = 128,
+    ] = None,
     symmetric: Annotated[
         bool,
         typer.Option(
@@ -88,7 +89,7 @@ def export(
             rich_help_panel=_STRUCTURE,
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an exported model at the output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Convert a language model. The result is compared with its source before the output folder appears."""
@@ -118,6 +119,8 @@ def export(
         console.write_json(_as_json(report))
     else:
         print(_line(report))
+        for note in report.notes:
+            console.note(note)
         if report.sparsity:
             _note_sparsity(report.sparsity)
         if attention:
@@ -145,6 +148,7 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
         "verification": asdict(report.verification),
         "mlp": manifest.mlp and asdict(manifest.mlp),
         "attention": manifest.attention and manifest.attention.to_json(),
+        "notes": list(report.notes),
         "sparsity": report.sparsity and _sparsity_as_json(report.sparsity),
     }
 

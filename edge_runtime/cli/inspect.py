@@ -37,11 +37,12 @@ def inspect(
     from edge_runtime.bench.attention_plot import save_pattern_plot
     from edge_runtime.bench.plot import check_plot
     from edge_runtime.demo import or_demo
+    from edge_runtime.hub_cache import resolve
     from edge_runtime.manifest import load_manifest
 
     if plot:
         check_plot(plot)
-    folder = Path(or_demo(model, None)[0])
+    folder = resolve(Path(or_demo(model, None)[0]))
     manifest = load_manifest(folder)
     shape = _shape(folder)
     attention = manifest.attention or AttentionPattern.of_layers([FULL] * shape["num_layers"])
@@ -72,7 +73,7 @@ def _shape(folder: Path) -> dict[str, int]:
         head_size = text.get("head_dim") or _first(text, *_HIDDEN) // heads
     except KeyError as error:
         raise ModelFormatError(
-            f"`{folder / 'config.json'}` does not say {error}", "copy it from the model this one was made of"
+            f"`{folder / 'config.json'}` has no {error}", "copy the file from the original model"
         ) from error
     return {"num_layers": layers, "num_heads": heads, "num_kv_heads": kv_heads, "head_size": head_size}
 
@@ -144,8 +145,8 @@ def _print_report(report: dict[str, Any], attention: AttentionPattern) -> None:
         "weights": f"{report['weights']}, {report['weight_bytes'] / 1e6:,.1f} MB",
         "vocabulary": report["vocab_size"],
         "context": f"{report['context_length'] or 'not known'} tokens",
-        "layers": f"{report['num_layers']}, of {report['num_heads']} query and {report['num_kv_heads']} KV heads of "
-        f"{report['head_size']}",
+        "layers": f"{report['num_layers']}, each with {report['num_heads']} query heads and "
+        f"{report['num_kv_heads']} KV heads of size {report['head_size']}",
         "MLPs": _mlp_words(report["mlp"]),
     }
     for name, value in lines.items():
@@ -153,9 +154,7 @@ def _print_report(report: dict[str, Any], attention: AttentionPattern) -> None:
     for index, (pattern, layers) in enumerate(zip(attention.patterns, attention.groups, strict=True)):
         print(f"{'' if index else 'attention':14}{pattern_words(pattern)}: layers {_ranges(layers)}")
     if report["sliding_window"]:
-        print(
-            f"{'':14}but for layers with a window of {report['sliding_window']:,} tokens, which the graph has: at most"
-        )
+        print(f"{'':14}except for layers with a sliding window of {report['sliding_window']:,} tokens")
     print(f"\n{'tokens':>10} {'keys and values, u8':>22} {'of full attention':>19}")
     for row in report["kv_bytes"]:
         print(f"{row['tokens']:>10,} {row['bytes'] / 1e6:>19,.1f} MB {row['bytes'] / row['bytes_if_full']:>18.1%}")

@@ -79,13 +79,13 @@ def run_stream(
         def on_prefill(done: int, wanted: int) -> None:
             status.show(f"reading the prompt, {done} of {wanted} tokens")
 
-        stream = start(prompt, on_prefill=on_prefill, **options)
-        previous = signal.signal(signal.SIGINT, lambda *_: stream.cancel())
-        try:
-            for chunk in stream:
-                status.clear()
-                if on_text:
-                    on_text(chunk.text)
-        finally:
-            signal.signal(signal.SIGINT, previous)
+        with start(prompt, on_prefill=on_prefill, **options) as stream:
+            previous = signal.signal(signal.SIGINT, lambda *_: stream.cancel())
+            try:
+                for chunk in stream:
+                    status.clear()
+                    if on_text:
+                        on_text(chunk.text)
+            finally:
+                signal.signal(signal.SIGINT, previous)
     return stream.result

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime import strict_json
 from edge_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def write_transcript(path: Path, messages: list[Message]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         try:
-            temporary.write_text(json.dumps(messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(strict_json.dumps(messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

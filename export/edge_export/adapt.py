@@ -8,8 +8,8 @@ What is changed, and what is learned, is an `Adaptation`: `cats.finetune` skips 
 
 from __future__ import annotations
 
+import contextlib
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +19,22 @@ import numpy as np
 
 from edge_export import corpus, torch_source
 from edge_export.corpus import Windows
+from edge_export.families import check_family
 from edge_export.fastdraft.data import OnProgress
 from edge_export.quiet import quiet
 from edge_export.record import check_same, plain, write_json
 from edge_export.sources import Source, load_config, open_source
-from edge_export.staging import check_output, staged
+from edge_export.staging import staged
 from edge_export.tokenizer_files import save_tokenizer
 from edge_export.train import CHECKPOINT, Progress, TrainConfig, best_precision, next_token_loss, processes, train
 from edge_runtime.errors import ConfigError
+from edge_runtime.outputs import check_apart, check_output, check_work_folder, claimed, empty
 from edge_runtime.tokenizer import TOKENIZER_NAME
 
 if TYPE_CHECKING:
     import torch
 
-HINT = "give the same options to go on with it, or remove the folder"
+HINT = "give the same options to resume it, or remove the folder"
 HELD_OUT_WINDOWS = 32
 """Most windows on which perplexity is measured before and after."""
 WARMUP = 0.1
@@ -82,6 +84,9 @@ class Adaptation(Protocol):
     def settings(self) -> dict[str, Any]:
         """Return what decides the outcome, for the record and to tell another training's folder."""
 
+    def check_early(self, config: dict[str, Any]) -> None:
+        """Refuse what the content of a config.json shows that the model cannot have, before torch is imported."""
+
     def check(self, config: Any, window: int | None) -> None:
         """Refuse what a model of this transformers config, trained on windows of this length, cannot have."""
 
@@ -127,17 +132,30 @@ def adapt(
         ModelFormatError: The folder of the training belongs to another one.
         ExportError: The source cannot be read, or the disk is full.
     """
+    place = check_output(output)
+    work = place.with_name(place.name + ".training")
+    for written in (place, work):
+        check_apart(written, source=recipe.source, text=recipe.text)
+    check_work_folder(work)
+    origin = open_source(recipe.source)
+    check_family(origin)
+    adaptation.check_early(origin.config)
+    is_main = processes().is_main_process
+    with claimed(work) if is_main else contextlib.nullcontext():
+        return _adapt(recipe, adaptation, origin, output, work, on_progress)
+
+
+def _adapt(
+    recipe: AdaptRecipe, adaptation: Adaptation, origin: Source, output: Path, work: Path, on_progress: OnProgress
+) -> Adapted | None:
+    """Train in the folder `work`, which is this process's own."""
     from accelerate.utils import set_seed
 
-    check_output(output, overwrite=False)
     is_main = processes().is_main_process
-    work = output.with_name(output.name + ".training")
-    origin = open_source(recipe.source)
     adaptation.check(load_config(origin), recipe.window)
     if is_main:
-        if not (work / CHECKPOINT).is_dir():
-            shutil.rmtree(work, ignore_errors=True)  # nothing was learned there
-        work.mkdir(parents=True, exist_ok=True)
+        if not any((work / name).is_dir() for name in (CHECKPOINT, CHECKPOINT + ".last")):
+            empty(work)  # nothing was learned there
         check_same({**plain(recipe), **adaptation.settings()}, work / "recipe.json", HINT)
     processes().wait_for_everyone()
     on_progress("read", 0, 1, "")
@@ -168,7 +186,7 @@ def adapt(
             adaptation.save(trained, folder)
         save_tokenizer(origin, folder)
         write_json(folder / "training.json", {"recipe": plain(recipe), **adaptation.settings(), **plain(made)})
-    shutil.rmtree(work)
+    empty(work)
     return made
 
 

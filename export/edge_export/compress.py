@@ -15,6 +15,7 @@ long: 133 s against 31 s for 76 M parameters on two shared cores.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_export.cats import GROUP as FUSED_GROUP
 from edge_runtime.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ CALIBRATION_METHODS: dict[str, dict[str, bool]] = {
 CALIBRATION_WINDOW = 128
 """Tokens of one calibration sample."""
 MAX_CALIBRATION_WINDOWS = 64
-SMALLEST_GROUP = 8
+LARGEST_GROUP, SMALLEST_GROUP = 128, 8
+"""Weights that share a scale where nobody says how many: the most that fits, for size, and the least that is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,29 +52,106 @@ class WeightFormat:
 
     Attributes:
         weights: `fp32`, `fp16`, `bf16`, `int8` or `int4`.
-        group_size: Weights along the input axis that share a scale, with int4; -1 for whole output channels.
+        group_size: Weights along the input axis that share a scale, with int4; -1 for whole output channels, None for
+            the most up to LARGEST_GROUP that fits every layer.
         symmetric: No zero points in int8 and int4.
         calibration_method: `gptq` or `awq`, with int4 and a calibration text.
     """
 
     weights: str = "int8"
-    group_size: int = 128
+    group_size: int | None = None
     symmetric: bool = False
     calibration_method: str = "gptq"
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
             raise ConfigError(f"weights is {self.weights!r}, expected f32, f16, bf16, int8 or int4")
-        if self.group_size != -1 and self.group_size < SMALLEST_GROUP:
+        if self.group_size not in (None, -1) and self.group_size < SMALLEST_GROUP:
             raise ConfigError(
                 f"group_size is {self.group_size}, expected at least {SMALLEST_GROUP}, or -1 for whole channels"
             )
         if self.symmetric and self.weights not in ("int8", "int4"):
-            raise ConfigError(f"symmetric was asked for with {self.weights} weights", "it serves int8 and int4")
+            raise ConfigError(f"symmetric has no effect on {self.weights} weights", "use it with int8 or int4 weights")
         if self.calibration_method not in CALIBRATION_METHODS:
             raise ConfigError(
                 f"calibration_method is {self.calibration_method!r}, expected {' or '.join(CALIBRATION_METHODS)}"
             )
+
+
+def check_groups(form: WeightFormat, config: dict[str, Any], *, is_fused: bool) -> None:
+    """Refuse groups of int4 weights that the sizes in a config.json rule out, and name groups that fit.
+
+    Args:
+        form: The format.
+        config: Content of config.json; sizes that it leaves out are not looked at.
+        is_fused: Whether MLPs are to be fused.
+
+    Raises:
+        ConfigError: Fused MLPs cannot have such groups, or int4 at all.
+        ExportError: The group size does not divide a layer's inputs.
+    """
+    if form.weights != "int4":
+        return
+    sizes = _sizes_of(config)
+    if is_fused:
+        for name, size in sizes.items():
+            if size % FUSED_GROUP:
+                raise ConfigError(
+                    f"fused MLPs in int4 need multiples of {FUSED_GROUP} as sizes, but the model's {name} is {size}",
+                    "use --weights int8, or leave out --mlp fused",
+                )
+        if form.group_size not in (None, -1) and form.group_size % FUSED_GROUP:
+            raise ConfigError(
+                f"group_size is {form.group_size}, but fused MLPs need a multiple of {FUSED_GROUP}, or -1",
+                f"use --group-size {FUSED_GROUP}, or export without --mlp fused",
+            )
+    for name, size in sizes.items():
+        if form.group_size not in (None, -1) and size % form.group_size:
+            raise ExportError(
+                f"group_size {form.group_size} does not divide {name}, which is {size}",
+                _group_advice(sizes.values(), is_fused=is_fused),
+            )
+
+
+def with_group(model: ov.Model, form: WeightFormat, *, is_fused: bool) -> WeightFormat:
+    """Return the format with the group size that fits all layers of a graph, where it is left open."""
+    if form.weights != "int4" or form.group_size is not None:
+        return form
+    return dataclasses.replace(form, group_size=fitting_group(_row_sizes(model), is_fused=is_fused))
+
+
+def fitting_group(sizes: Iterable[int], *, is_fused: bool) -> int:
+    """Return the largest power of two up to LARGEST_GROUP that divides all sizes; -1 where the format has none."""
+    common = math.gcd(*sizes)
+    group = min(common & -common, LARGEST_GROUP)
+    return group if group >= (FUSED_GROUP if is_fused else SMALLEST_GROUP) else -1
+
+
+def _sizes_of(config: dict[str, Any]) -> dict[str, int]:
+    """Return the lengths of weight rows that a config.json states; of a mixture of experts, no MLP's."""
+    text = config.get("text_config") or config
+    has_experts = any("expert" in name for name in text)
+    names = ("hidden_size", "n_embd") if has_experts else ("hidden_size", "n_embd", "intermediate_size", "n_inner")
+    return {name: text[name] for name in names if isinstance(text.get(name), int)}
+
+
+def _row_sizes(model: ov.Model) -> list[int]:
+    """Return the lengths of the weight rows of all matrix products."""
+    products = [node for node in model.get_ops() if node.get_type_name() == "MatMul"]
+    shapes = [(node.input_value(1), node.get_attributes()["transpose_b"]) for node in products if _has_weights(node)]
+    return [weights.get_partial_shape()[-1 if is_transposed else -2].get_length() for weights, is_transposed in shapes]
+
+
+def _has_weights(product: ov.Node) -> bool:
+    node = product.input_value(1).get_node()
+    while node.get_type_name() in ("Convert", "Reshape", "Transpose"):
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "Constant")
+
+
+def _group_advice(sizes: Iterable[int], *, is_fused: bool = False) -> str:
+    group = fitting_group(sizes, is_fused=is_fused)
+    return f"use --group-size {group}, or leave it out" if group > 0 else "use --group-size -1 for whole channels"
 
 
 def compress(model: ov.Model, form: WeightFormat, windows: Sequence[Sequence[int]] = ()) -> ov.Model:
@@ -93,6 +173,7 @@ def compress(model: ov.Model, form: WeightFormat, windows: Sequence[Sequence[int
 def _quantize(model: ov.Model, form: WeightFormat, windows: Sequence[Sequence[int]]) -> ov.Model:
     import nncf
 
+    form = with_group(model, form, is_fused=False)
     kind = "SYM" if form.symmetric else "ASYM"
     options: dict[str, Any] = {"mode": getattr(nncf.CompressWeightsMode, f"{form.weights.upper()}_{kind}")}
     if form.weights == "int4":
@@ -170,14 +251,11 @@ def _samples(model: ov.Model, windows: Sequence[Sequence[int]]) -> Iterable[dict
         yield {name: value for name, value in sample.items() if name in names}
 
 
-def _group_size_error(group_size: int, message: str) -> ExportError:
-    """Turn NNCF's list of layers into one line: the first layer, and the largest power of two that fits all."""
+def _group_size_error(group_size: int | None, message: str) -> ExportError:
+    """Turn NNCF's list of layers into one line: the first layer, and what fits all."""
     layers = [(name, int(size)) for name, size in re.findall(r'"(.+?)" \(channel size: (\d+)\)', message)]
-    common = math.gcd(*(size for _, size in layers))
-    fitting = min(common & -common, 1 << max(group_size, 1).bit_length() - 1)
-    advice = f"--group-size {fitting}, or " if fitting >= SMALLEST_GROUP else ""
     name, size = layers[0][0].removeprefix("__module.").split("/aten")[0], layers[0][1]
     return ExportError(
         f"group_size {group_size} does not divide the {size} inputs of layer {name}",
-        f"use {advice}--group-size -1 for whole channels",
+        _group_advice(size for _, size in layers),
     )

@@ -31,18 +31,29 @@ from edge_export.cats import MlpFormat
 from edge_export.cats.calibrate import Sparsity, sparsify
 from edge_export.cats.finetune import THRESHOLDS_NAME, read_thresholds
 from edge_export.cats.rewrite import Thresholds, fuse_mlps
-from edge_export.compress import SPELLINGS, WeightFormat, calibration_windows, compress
-from edge_export.hybrid.patterns import CONFIG_ENTRY, check_fits, of_config, parse_pattern, shape_of
+from edge_export.compress import (
+    LARGEST_GROUP,
+    SPELLINGS,
+    WeightFormat,
+    calibration_windows,
+    check_groups,
+    compress,
+    with_group,
+)
+from edge_export.families import check_family
+from edge_export.hybrid.patterns import CONFIG_ENTRY, check_fits, check_words, of_config, parse_pattern, shape_of
 from edge_export.hybrid.torch_attention import patterned
 from edge_export.quiet import quiet
 from edge_export.sources import Source, load_config, open_source
-from edge_export.staging import check_free_disk, check_output, staged
-from edge_export.tokenizer_files import save_tokenizer
+from edge_export.staging import check_free_disk, staged
+from edge_export.tokenizer_files import check_tokenizer, save_tokenizer
 from edge_export.verify import Verification
+from edge_runtime import strict_json
 from edge_runtime.attention import AttentionPattern
 from edge_runtime.devices import core
 from edge_runtime.errors import ConfigError, EdgeError, ExportError
 from edge_runtime.manifest import MODEL_NAME, Manifest, load_manifest
+from edge_runtime.outputs import check_apart, check_output
 from edge_runtime.paged_graph import first_line
 from edge_runtime.tokenizer import Tokenizer
 
@@ -64,6 +75,7 @@ class ExportReport:
         num_bytes: Of all its files.
         verification: How it compares with its source; where neurons are skipped, with a source that skips them too.
         sparsity: What skipping neurons does; None without `cats`.
+        notes: Lines on what was decided for the user on the way.
     """
 
     output: Path
@@ -71,6 +83,7 @@ class ExportReport:
     num_bytes: int
     verification: Verification
     sparsity: Sparsity | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +101,7 @@ def export_model(
     output: str | Path,
     *,
     weights: str = "int8",
-    group_size: int = 128,
+    group_size: int | None = None,
     symmetric: bool = False,
     calibration_text: str | Path | None = None,
     calibration_method: str | None = None,
@@ -105,7 +118,8 @@ def export_model(
         source: A Hugging Face folder or hub id, or an ONNX file or folder with config.json and tokenizer beside it.
         output: The folder to make.
         weights: `f32`, `f16`, `bf16`, `int8` or `int4`; `fp32` and `fp16` are the same as `f32` and `f16`.
-        group_size: Weights that share a scale, with int4; -1 for whole output channels.
+        group_size: Weights that share a scale, with int4; -1 for whole output channels, None for as many as fit
+            every layer, up to 128.
         symmetric: No zero points in int8 and int4: somewhat less exact, but what NPUs run.
         calibration_text: A text file like what the model will read; int4 weights are fitted to it, or `cats` finds its
             thresholds there.
@@ -115,11 +129,11 @@ def export_model(
         cats: Share of the MLPs' neurons to skip at each token, between 0 and 1; implies `fused`.
         cats_method: `cats` for one threshold in each layer, `chess` for one for each neuron.
         attention: What the layers see, in the words of `hybrid.patterns`; None for what the source says.
-        overwrite: Replace a folder that exists.
+        overwrite: Replace a model folder of ours that exists.
         progress: Called as each stage begins.
 
     Raises:
-        ConfigError: An option has a value that cannot be used, or the output exists.
+        ConfigError: An option has a value that cannot be used, the output exists, or it and the source are not apart.
         ExportError: The source cannot be converted, or the result differs from it.
         DownloadError: `source` is a hub id and the hub does not give it out.
         ExtensionError: `fused` was asked for and ov_kernels is not compiled.
@@ -129,12 +143,14 @@ def export_model(
         weights=weights, group_size=group_size, symmetric=symmetric, calibration_method=calibration_method or "gptq"
     )
     mlp_form = MlpFormat(mlp=mlp, cats=cats, cats_method=cats_method)
-    mlp_form.check(weights, group_size, calibration_text)
+    mlp_form.check_weights(weights)
+    mlp_form.check_calibration(calibration_text)
     if calibration_text and weights != "int4" and cats is None:
-        raise ConfigError(f"calibration_text was given with {weights} weights", "it serves int4: add --weights int4")
+        raise ConfigError(f"calibration_text has no effect on {weights} weights", "add --weights int4 or --cats")
+    check_apart(output, source=source, calibration_text=calibration_text)
+    check_output(output, overwrite=overwrite)
     if mlp_form.is_fused:
         ov_kernels.add_to(core(), required=True)
-    check_output(output, overwrite=overwrite)
 
     def stage(name: str) -> AbstractContextManager[None]:
         if progress:
@@ -144,14 +160,16 @@ def export_model(
     with _one_line_errors(str(source)), staged(output, overwrite=overwrite) as folder:
         with stage("read"):
             origin = open_source(source)
-            _check_apart(origin, output)
-            check_free_disk(output, _disk_bytes(origin, weights))
-            config = load_config(origin)
-            pattern = _pattern(origin, config, attention)
+            check_apart(output, source=origin.onnx or origin.folder)
             mlp_form, thresholds = _trained_thresholds(origin, mlp_form)
+            _check_early(origin, form, mlp_form, attention)
+            check_free_disk(output, _disk_bytes(origin, weights))
+            text = _calibration_text(calibration_text)
+            config = load_config(origin)
+            pattern = _pattern(config, attention)
             tokenizer = save_tokenizer(origin, folder)
             _save_configs(origin, config, folder)
-            windows = _calibration_windows(calibration_text, tokenizer, config)
+            windows = _calibration_windows(text, tokenizer, config)
             if thresholds is None:
                 mlp_form.check_text(windows)
         with stage("convert"):
@@ -162,6 +180,7 @@ def export_model(
             verify.check_windows(model, config)
         with stage("compress"):
             is_fitted = weights == "int4" and (cats is None or calibration_method is not None)
+            form = with_group(model, form, is_fused=mlp_form.is_fused)
             model = compress(model, form, windows if is_fitted else ())
             if mlp_form.is_fused:
                 fuse_mlps(model, reference.sparsity.thresholds if reference.sparsity else None)
@@ -175,7 +194,12 @@ def export_model(
             shutil.rmtree(folder / "work", ignore_errors=True)
             num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     return ExportReport(
-        output=output, manifest=manifest, num_bytes=num_bytes, verification=verification, sparsity=reference.sparsity
+        output=output,
+        manifest=manifest,
+        num_bytes=num_bytes,
+        verification=verification,
+        sparsity=reference.sparsity,
+        notes=(*origin.notes(weights), *_group_notes(group_size, form)),
     )
 
 
@@ -200,11 +224,20 @@ def _root(error: Exception) -> Exception:
     return error
 
 
-def _check_apart(source: Source, output: Path) -> None:
-    """Refuse an output that holds the source: overwriting would delete it."""
-    place, target = source.folder.resolve(), output.resolve()
-    if place == target or target in place.parents:
-        raise ConfigError(f"output `{output}` holds the source `{source.folder}`", "give another folder")
+def _check_early(source: Source, form: WeightFormat, mlp_form: MlpFormat, attention: str | None) -> None:
+    """Refuse what the source's files and config.json rule out, before the seconds that torch takes to be imported."""
+    check_family(source)
+    check_tokenizer(source)
+    mlp_form.check_weights(form.weights)
+    check_groups(form, source.config, is_fused=mlp_form.is_fused)
+    if source.onnx and mlp_form.cats is not None:
+        raise ExportError("cats needs a PyTorch model, but the source is an ONNX graph", "export the original folder")
+    if attention is not None:
+        if source.onnx:
+            raise ExportError(
+                "attention needs a PyTorch model, but the source is an ONNX graph", "export the original folder"
+            )
+        check_words(attention, source.config)
 
 
 def _disk_bytes(source: Source, weights: str) -> int:
@@ -217,7 +250,7 @@ def _disk_bytes(source: Source, weights: str) -> int:
 def _save_configs(source: Source, config: Any, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    shutil.copyfile(source.folder / "config.json", folder / "config.json")
+    (folder / "config.json").write_text(strict_json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
     if (source.folder / "generation_config.json").is_file():
         shutil.copyfile(source.folder / "generation_config.json", folder / "generation_config.json")
     else:
@@ -237,14 +270,15 @@ def _context_length(config: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def _calibration_windows(text: str | Path | None, tokenizer: Tokenizer, config: Any) -> list[list[int]]:
-    if text is None:
-        return []
+def _calibration_text(path: str | Path | None) -> str | None:
     try:
-        content = Path(text).read_text(encoding="utf-8")
+        return None if path is None else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"calibration_text `{text}` cannot be read: {error}", "give a UTF-8 text file") from error
-    return calibration_windows(tokenizer.encode(content), _context_length(config))
+        raise ConfigError(f"calibration_text `{path}` cannot be read: {error}", "give a UTF-8 text file") from error
+
+
+def _calibration_windows(text: str | None, tokenizer: Tokenizer, config: Any) -> list[list[int]]:
+    return [] if text is None else calibration_windows(tokenizer.encode(text), _context_length(config))
 
 
 def _convert(
@@ -259,8 +293,6 @@ def _convert(
 ) -> tuple[ov.Model, _Reference]:
     """Return the graph before compression, and what the source says to `token_ids`."""
     if source.onnx:
-        if mlp_form.cats is not None:
-            raise ExportError("cats needs the PyTorch model, an ONNX graph was given", "export the original folder")
         model = onnx_source.load(source)
         reference = _Reference(
             token_ids=token_ids,
@@ -287,20 +319,17 @@ def _convert(
     return model, reference
 
 
-def _pattern(source: Source, config: Any, words: str | None) -> AttentionPattern | None:
+def _pattern(config: Any, words: str | None) -> AttentionPattern | None:
     """Return what the layers are to see; None where the graph itself says it, or they see everything.
 
     Raises:
         ConfigError: The words or the config say what the model cannot have.
-        ExportError: The source is a graph, which has its masks already.
     """
     if words is None:
         entry = getattr(config, CONFIG_ENTRY, None)
         return AttentionPattern.from_json(entry) if entry else None
-    if source.onnx:
-        raise ExportError("attention needs the PyTorch model, an ONNX graph was given", "export the original folder")
     if of_config(config) is not None:
-        raise ConfigError("the model's layers see a part of the context already", "export it without --attention")
+        raise ConfigError("the model already has an attention pattern", "export it without --attention")
     layers, _, kv_heads = shape_of(config)
     pattern = parse_pattern(words, layers, kv_heads)
     check_fits(pattern, config)
@@ -314,6 +343,14 @@ def _trained_thresholds(source: Source, form: MlpFormat) -> tuple[MlpFormat, Thr
     share, method, thresholds = read_thresholds(source.folder)
     ov_kernels.add_to(core(), required=True)
     return MlpFormat(mlp="fused", cats=share, cats_method=method), thresholds
+
+
+def _group_notes(wanted: int | None, form: WeightFormat) -> list[str]:
+    """Say which quantisation group was chosen where the usual one does not fit."""
+    if form.weights != "int4" or wanted is not None or form.group_size == LARGEST_GROUP:
+        return []
+    groups = "whole channels" if form.group_size == -1 else f"groups of {form.group_size} weights"
+    return [f"int4: {groups} share a scale, since groups of {LARGEST_GROUP} do not fit every layer"]
 
 
 def _manifest(

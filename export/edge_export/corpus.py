@@ -90,7 +90,7 @@ def cut(tokens: NDArray[np.uint32], length: int) -> Windows:
     count = len(tokens) // length
     if count == 0:
         raise ConfigError(
-            f"the text has {len(tokens)} tokens, a window has {length}", "give more text, or a shorter --window"
+            f"the text has {len(tokens)} tokens, but a window needs {length}", "give more text, or a shorter --window"
         )
     windows = tokens[: count * length].reshape(count, length)
     _, first = np.unique(np.fromiter(map(window_hash, windows), np.uint64, count), return_index=True)

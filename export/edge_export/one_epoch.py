@@ -94,7 +94,7 @@ def complete(
         )
         tokens = tokens or flops / FLOPS_PER_TOKEN / parameters
     if not parameters and not tokens:
-        raise ConfigError("nothing was given to plan from", "give parameters, tokens or flops")
+        raise ConfigError("none of parameters, tokens and flops is given", "give one of the three")
     parameters = parameters or (tokens or 0) / ratio
     return Budget(parameters=parameters, tokens=tokens or parameters * ratio)
 
@@ -142,7 +142,7 @@ class Ledger:
         self._seen = Counter(self._hashes)
         if self._is_over(self._seen):
             raise ModelFormatError(
-                f"`{path}` holds a window {'twice' if passes == 1 else f'more than {passes} times'}",
+                f"`{path}` records a window of text {'twice' if passes == 1 else f'more than {passes} times'}",
                 "start the stage again",
             )
 
@@ -162,7 +162,7 @@ class Ledger:
         counts = Counter(new)
         if self._is_over({window: self._seen[window] + count for window, count in counts.items()}):
             again = "a second time" if self._passes == 1 else f"more than {self._passes} times"
-            raise ConfigError(f"a window of text came {again}", "give text that was not trained on yet")
+            raise ConfigError(f"a window of text would be trained on {again}", "give text that was not trained on yet")
         self._hashes += new
         self._seen.update(counts)
 

@@ -96,7 +96,7 @@ def to_stateful(model: ov.Model) -> None:
     fused = sum(node.get_type_name() == "ScaledDotProductAttention" for node in model.get_ops())
     if fused != num_layers:
         raise ExportError(
-            f"OpenVINO recognises the attention of {fused} of {num_layers} layers in this ONNX graph",
+            f"OpenVINO recognises attention in only {fused} of the {num_layers} layers of this ONNX graph",
             "export the original Hugging Face folder instead",
         )
     patch_stateful(SimpleNamespace(is_encoder_decoder=False, model_type=""), model)

@@ -8,19 +8,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+from edge_runtime import strict_json
 from edge_runtime.errors import ModelFormatError
 
 
 def plain(value: Any) -> dict[str, Any]:
     """Return a dataclass as JSON has it: paths as text, tuples as lists."""
-    made: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(value), default=str))
+    made: dict[str, Any] = json.loads(strict_json.dumps(dataclasses.asdict(value), default=str))
     return made
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file, whole or not at all."""
     temporary = path.with_name("new-" + path.name)
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(strict_json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -1,4 +1,4 @@
-"""What can be exported: a Hugging Face folder or hub id, or an ONNX file or folder.
+"""What can be exported: a Hugging Face folder or hub id, a LoRA folder with its base, or an ONNX file or folder.
 
 `open_source` answers where the files are and what the model says about itself, and refuses early, before torch is
 imported and gigabytes are read, what cannot become a language model folder.
@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_export.checkpoint_kinds import needs_own_code, no_weights, refuse_file, refuse_other_kinds
+from edge_export.quantization import Quantization, read_quantization, without_quantization
 from edge_export.quiet import quiet
+from edge_export.weight_files import find_weight_files, list_tensors
+from edge_runtime import hub_cache
 from edge_runtime.errors import DownloadError, ExportError
 from edge_runtime.manifest import MODEL_NAME, read_json
 
@@ -20,6 +24,7 @@ VERIFIED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "ge
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+"""Patterns of what is downloaded: safetensors, and pickles only where there are none."""
 _TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _SIXTEEN_BIT = ("float16", "bfloat16")
 
@@ -32,13 +37,17 @@ class Source:
         name: Folder name, file name or hub id, for reports and the manifest.
         folder: Holds config.json and the tokenizer.
         onnx: The ONNX file; None for a PyTorch checkpoint.
-        config: The content of config.json.
+        config: The content of config.json, without the description of a quantisation.
+        weight_files: The files that hold a PyTorch checkpoint's weights.
+        quantization: How they are quantised; None for plain ones.
     """
 
     name: str
     folder: Path
     onnx: Path | None
     config: dict[str, Any]
+    weight_files: tuple[Path, ...] = ()
+    quantization: Quantization | None = None
 
     @property
     def model_type(self) -> str:
@@ -52,12 +61,20 @@ class Source:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weight files."""
+        """Bytes of all weights, once restored where they are quantised."""
         if self.onnx:
             beside = [path for path in self.onnx.parent.glob(f"{self.onnx.name}*") if path.is_file()]
             return sum(path.stat().st_size for path in beside)
-        files = next((found for pattern in _WEIGHTS if (found := list(self.folder.glob(pattern)))), [])
-        return sum(path.stat().st_size for path in files)
+        stored = sum(path.stat().st_size for path in self.weight_files)
+        plain_bits = 16 if self.is_sixteen_bit else 32
+        return stored * plain_bits // self.quantization.num_bits if self.quantization else stored
+
+    def notes(self, weights: str) -> tuple[str, ...]:
+        """Return lines that say what was made of the source before it was exported as `weights`."""
+        if not self.quantization:
+            return ()
+        again = f"; as {weights} they are rounded a second time" if weights in ("int8", "int4") else ""
+        return (f"weights restored from {self.quantization.words}{again}",)
 
 
 def open_source(source: str | Path) -> Source:
@@ -68,12 +85,13 @@ def open_source(source: str | Path) -> Source:
         DownloadError: The hub cannot be reached, has no such model or does not give it out.
     """
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix == ".onnx":
-        return _onnx_source(path, path.name)
     if path.is_file():
-        raise ExportError(f"`{path}` is a {path.suffix or 'plain'} file, expected a model folder or a .onnx file")
+        if path.suffix != ".onnx":
+            raise refuse_file(path)
+        return _onnx_source(path, path.name)
     if path.is_dir():
-        return _folder_source(path, path.resolve().name)
+        folder = hub_cache.resolve(path)
+        return _folder_source(folder, hub_cache.hub_id(folder.resolve()) or folder.resolve().name)
     if not _HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
         raise ExportError(
             f"`{source}` does not exist", "give a model folder, a .onnx file or a hub id such as ORG/NAME"
@@ -86,15 +104,24 @@ def _folder_source(folder: Path, name: str) -> Source:
         raise ExportError(
             f"`{folder}` is an OpenVINO model folder already", f"run it: `edge-run generate -m {folder} PROMPT`"
         )
-    has_checkpoint = any(list(folder.glob(pattern)) for pattern in _WEIGHTS)
-    if not has_checkpoint and (file := _find_onnx(folder)):
+    files = find_weight_files(folder)
+    if not files and (file := _find_onnx(folder)):
         return _onnx_source(file, name)
+    refuse_other_kinds(folder, read_json(folder / "config.json"))
+    if not files and not (folder / "config.json").is_file():
+        raise no_weights(folder)
     config = _read_config(folder)
-    if not has_checkpoint:
-        raise ExportError(
-            f"`{folder}` holds no weights", f"expected {' or '.join(_WEIGHTS)} or model.onnx beside config.json"
-        )
-    return Source(name=name, folder=folder, onnx=None, config=config)
+    if not files:
+        raise no_weights(folder)
+    quantization = read_quantization(folder, config, list_tensors(files))
+    return Source(
+        name=name,
+        folder=folder,
+        onnx=None,
+        config=without_quantization(config),
+        weight_files=tuple(files),
+        quantization=quantization,
+    )
 
 
 def _onnx_source(file: Path, name: str) -> Source:
@@ -130,10 +157,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def unsupported(source: Source) -> ExportError:
     """Return the error for an architecture that no exporter knows."""
+    if source.config.get("auto_map"):
+        return ExportError(
+            f"model_type `{source.model_type}` needs Python code from its own repository, which edge-run does not run",
+            f"use a model of a family that transformers has, such as {_families()}",
+        )
     return ExportError(
         f"model_type `{source.model_type}` is not supported, expected {_families()} or another decoder "
         "that optimum-intel exports",
-        "the list is in models.md",
+        "models.md lists the supported families",
     )
 
 
@@ -155,14 +187,14 @@ def _download(hub_id: str) -> Path:
         return folder if list(folder.glob(_WEIGHTS[0])) else fetch(*_TEXT_FILES, _WEIGHTS[1])
     except GatedRepoError as error:
         raise DownloadError(
-            f"`{hub_id}` is given out only to users who accepted its licence",
+            f"`{hub_id}` requires its licence to be accepted",
             "accept it on the model's page and log in with `hf auth login`",
         ) from error
     except RepositoryNotFoundError as error:
-        raise DownloadError(f"the hub has no model `{hub_id}`, nor is there such a folder") from error
+        raise DownloadError(f"no folder named `{hub_id}`, and the model hub has no such model") from error
     except (LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise DownloadError(
-            f"`{hub_id}` is no folder here, and the model hub cannot be reached",
+            f"no folder named `{hub_id}`, and the model hub cannot be reached",
             "check the network, or give the path of a folder",
         ) from error
 
@@ -171,12 +203,26 @@ def load_config(source: Source) -> Any:
     """Return the transformers config of a model.
 
     Raises:
-        ExportError: transformers does not know the architecture.
+        ExportError: transformers does not know the architecture, or the config holds values that it refuses.
     """
-    try:
-        with quiet():
-            from transformers import AutoConfig
+    with quiet():
+        import transformers
 
-            return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        raise unsupported(source) from error
+        classes = transformers.CONFIG_MAPPING
+        try:
+            kind = classes[source.model_type]
+        except KeyError as error:
+            raise unsupported(source) from error
+        if code := needs_own_code(source.config, lambda name: hasattr(transformers, name)):
+            raise ExportError(
+                f"`{source.name}` is a {source.model_type} changed by Python code of its own ({code}), "
+                "which edge-run does not run",
+                "export a model that works without trust_remote_code",
+            )
+        try:
+            return kind.from_dict(dict(source.config))
+        except Exception as error:  # the classes raise whatever their checks come upon
+            told = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
+            raise ExportError(
+                f"`{source.folder / 'config.json'}` cannot be used: {told}", "copy it from the original model"
+            ) from error

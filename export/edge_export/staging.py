@@ -1,7 +1,8 @@
 """An output folder that appears whole or not at all.
 
-Everything is written into `<output>.partial-<pid>` beside the output, so the last step is a rename within one file
-system. Whatever ends the work early, Ctrl-C included, removes it.
+Everything is written into `<output>.unfinished` beside the output, so the last step is a rename within one file system.
+Whatever ends the work early, Ctrl-C included, removes it; what a killed process left is removed by the next one that
+wants the same output, and two at once are refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from edge_runtime.errors import ConfigError, ExportError
+from edge_runtime.errors import ExportError
+from edge_runtime.outputs import check_output, check_work_folder, claimed, empty
 
 _WORDS_OF_A_FULL_DISK = ("iostream error", "(os error 28)", "(os error 112)")
 """28 is Linux and macOS, 112 Windows."""
@@ -27,19 +29,28 @@ def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a temporary folder that becomes `output` when the block ends well, and vanishes when it does not.
 
     Raises:
-        ConfigError: `output` exists and is not an empty folder, and `overwrite` is false.
+        ConfigError: `outputs.check_output` refuses `output`, or another process is making it.
         ExportError: The disk filled up.
     """
-    check_output(output, overwrite=overwrite)
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
-    try:
-        with disk_full_is_said(output):
-            partial.mkdir(parents=True)
-            yield partial
+    place = check_output(output, overwrite=overwrite)
+    work = place.with_name(place.name + ".unfinished")
+    new, old = work / "new", work / "old"
+    check_work_folder(work)
+    with disk_full_is_said(output), claimed(work):
+        _bring_back(old, place)  # a process was killed between the two renames
+        check_output(output, overwrite=overwrite)
+        try:
+            empty(work)
+            new.mkdir()
+            yield new
             gc.collect()  # Windows cannot rename a folder while a model still maps a file in it
-            _replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            if place.exists():
+                os.replace(place, old)
+            os.replace(new, place)
+        finally:
+            _bring_back(old, place)
+            for folder in (new, old):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -54,18 +65,10 @@ def disk_full_is_said(output: Path) -> Iterator[None]:
     except Exception as error:
         if _is_disk_full(error, output):
             raise ExportError(
-                f"the disk of `{output}` is full or refuses to be written",
+                f"cannot write `{output}`: the disk is full or read-only",
                 "free some space, or put the output on another disk",
             ) from error
         raise
-
-
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse an output that would overwrite something the user did not say may go."""
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise ConfigError(f"output `{output}` exists and is not empty", "give another folder, or --overwrite")
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output `{output}` is a file, expected a folder that may be made")
 
 
 def check_free_disk(output: Path, needed_bytes: int) -> None:
@@ -94,15 +97,7 @@ def _gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB"
 
 
-def _replace(partial: Path, output: Path) -> None:
-    """Put `partial` in the place of `output`; what was there is kept until the new folder stands."""
-    old = output.with_name(f"{output.name}.old-{os.getpid()}")
-    if output.exists():
-        os.replace(output, old)
-    try:
-        os.replace(partial, output)
-    except OSError:
-        if old.exists():
-            os.replace(old, output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def _bring_back(old: Path, place: Path) -> None:
+    """Give a folder its name back where the one that was to replace it does not stand."""
+    if old.exists() and not place.exists():
+        os.replace(old, place)

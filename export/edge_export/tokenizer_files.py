@@ -27,17 +27,22 @@ SAMPLE_TEXTS = (
 _SOURCES = (TOKENIZER_NAME, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 
 
+def check_tokenizer(source: Source) -> None:
+    """Raise ExportError where the source has no file of a tokenizer."""
+    if not any(list(source.folder.glob(pattern)) for pattern in _SOURCES):
+        raise ExportError(
+            f"`{source.folder}` holds no tokenizer, expected one of {', '.join(_SOURCES)}",
+            "copy the tokenizer's files from the original model",
+        )
+
+
 def save_tokenizer(source: Source, folder: Path) -> Tokenizer:
     """Write the tokenizer's files into `folder` and return it as the runtime reads it.
 
     Raises:
         ExportError: The source has no tokenizer, or its ids cannot be had from a tokenizer.json.
     """
-    if not any(list(source.folder.glob(pattern)) for pattern in _SOURCES):
-        raise ExportError(
-            f"`{source.folder}` holds no tokenizer, expected one of {', '.join(_SOURCES)}",
-            "copy the tokenizer's files from the original model",
-        )
+    check_tokenizer(source)
     original = _load(source)
     original.save_pretrained(folder)
     if not (folder / TOKENIZER_NAME).is_file():

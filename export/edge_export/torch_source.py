@@ -7,7 +7,7 @@ Only the reference is computed in f32, one layer at a time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_export.compress import SIXTEEN_BITS
-from edge_export.sources import Source, unsupported
+from edge_export.dequantize import dequantize
+from edge_export.sources import Source, load_config, unsupported
 from edge_runtime.devices import core
-from edge_runtime.errors import ExportError
+from edge_runtime.errors import EdgeError, ExportError
 from edge_runtime.manifest import MODEL_NAME
 
 if TYPE_CHECKING:
@@ -55,30 +56,84 @@ def check_supported(source: Source) -> None:
 
 
 def load(source: Source, weights: str) -> Any:
-    """Load the model in its own precision, or in f32 where that is wanted.
+    """Load the model in its own precision, or in f32 where that is wanted; quantised weights are restored.
 
     Raises:
         ExportError: The weights are damaged, incomplete, or need code that came with them.
     """
-    from transformers import AutoModelForCausalLM
+    import torch
 
-    dtype = "float32" if weights == "fp32" else "auto"
+    config = load_config(source)
+    dtype = torch.float32 if weights == "fp32" else config.dtype or torch.float32
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
+        if source.quantization is None:
+            model, info = _from_pretrained(source.folder, config, "float32" if weights == "fp32" else "auto")
+        else:
+            state = dequantize(_stored(source.weight_files), source.quantization, dtype)
+            model, info = _from_pretrained(None, config, dtype, state_dict=state)
+    except EdgeError:
+        raise
     except Exception as error:  # safetensors, torch and transformers raise bare exceptions of many kinds
         raise ExportError(
-            f"the weights in `{source.folder}` cannot be read: {str(error).splitlines()[0]}",
+            f"the weights in `{source.folder}` cannot be read: {_told(error)}",
             "copy or download the model again; a model that needs code of its own cannot be exported",
         ) from error
-    if info["missing_keys"]:
-        raise ExportError(
-            f"the weights in `{source.folder}` lack {len(info['missing_keys'])} tensors, such as "
-            f"{sorted(info['missing_keys'])[0]}",
-            "copy or download the model again",
-        )
+    _check_complete(source, info)
     return model.eval()
+
+
+def _from_pretrained(folder: Path | None, config: Any, dtype: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))  # which alone takes a state dict in place of a folder
+    model, info = kind.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        local_files_only=True,
+        weights_only=True,
+        ignore_mismatched_sizes=True,  # told in one line below, where transformers prints a table
+        output_loading_info=True,
+        **more,
+    )
+    return model, info
+
+
+def _check_complete(source: Source, info: dict[str, Any]) -> None:
+    """Refuse weights that transformers would make up: absent ones, and those of another shape than the config says."""
+    again = "copy or download the model again"
+    if misfits := sorted(info["mismatched_keys"]):
+        name, got, expected = misfits[0]
+        raise ExportError(
+            f"{len(misfits)} tensors in `{source.folder}` have another shape than config.json says, such as {name}: "
+            f"{tuple(got)}, expected {tuple(expected)}",
+            again,
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ExportError(
+            f"the weights in `{source.folder}` lack {len(missing)} tensors, such as {missing[0]}",
+            again,
+        )
+
+
+def _stored(files: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """Return the tensors of weight files, mapped rather than read."""
+    import torch
+    from safetensors.torch import load_file
+
+    stored: dict[str, torch.Tensor] = {}
+    for file in files:
+        is_pickled = file.suffix == ".bin"
+        stored |= torch.load(file, weights_only=True, mmap=True, map_location="cpu") if is_pickled else load_file(file)
+    return stored
+
+
+def _told(error: Exception) -> str:
+    if "weights_only" in str(error) or "Unsupported global" in str(error):
+        return "they are pickled Python objects other than tensors, which may run code and are not loaded"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def num_parameters(model: torch.nn.Module) -> int:

@@ -27,6 +27,7 @@ import numpy as np
 from edge_export.corpus import Windows
 from edge_export.one_epoch import Ledger
 from edge_export.quiet import quiet
+from edge_runtime import strict_json
 from edge_runtime.errors import ConfigError, ModelFormatError
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def train(
     """
     if len(windows) < config.batch_size:
         raise ConfigError(
-            f"the text gives {len(windows)} windows, a batch has {config.batch_size}",
+            f"the text has {len(windows)} windows, but a batch needs {config.batch_size}",
             "give more text, or --batch-size 1",
         )
     run = _Run(model, windows, out, config, loss)
@@ -276,7 +277,7 @@ class _Run:
 
     def _log(self, progress: Progress) -> None:
         with (self._out / LOG).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(asdict(progress)) + "\n")
+            log.write(strict_json.dumps(asdict(progress)) + "\n")
 
     def _save(self) -> None:
         """Write a checkpoint beside the last one and put it in its place."""
@@ -289,7 +290,9 @@ class _Run:
         if self._accelerator.is_main_process:
             self._ledger.path = new / LEDGER
             self._ledger.save()
-            (new / STATE).write_text(json.dumps({"step": self._step, "num_steps": self._num_steps}), encoding="utf-8")
+            (new / STATE).write_text(
+                strict_json.dumps({"step": self._step, "num_steps": self._num_steps}), encoding="utf-8"
+            )
             replace_folder(new, self._out / CHECKPOINT)
         self._accelerator.wait_for_everyone()
 

@@ -123,7 +123,7 @@ def check_windows(model: ov.Model, config: Any) -> None:
     if found != expected:
         raise ExportError(
             f"sliding-window attention is recognised in {found} of {expected} layers of the graph",
-            "export the original Hugging Face folder with the versions of `edge-runtime[export]`",
+            "install the export extra's own versions of its packages, then export the original Hugging Face folder",
         )
 
 

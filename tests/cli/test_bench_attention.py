@@ -64,8 +64,8 @@ def test_table_plot_and_leaving_the_peer_out(bench, tmp_path):
     [
         (("--kv-heads", 3), "4 heads cannot share 3 KV heads evenly"),
         (("--head-size", 20), "head_size is 20, expected a multiple of 16"),
-        (("--context", 100), "expected at least two chunks of 64 tokens"),
-        (("--stride", 0), "strides are [2, 0], expected numbers of blocks"),
+        (("--context", 100), "expected each to be at least two chunks of 64 tokens"),
+        (("--stride", 0), "strides are [2, 0], expected numbers of at least 1"),
         (("--rounds", 0), "rounds is 0"),
         (("--plot", "figure.txt"), "expected a name that ends in"),
     ],

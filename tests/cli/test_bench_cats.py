@@ -56,7 +56,7 @@ def test_table_and_plot(bench, tmp_path):
     [
         (("--hidden", 100), "hidden is 100, expected a multiple of 128"),
         (("--weights", "int3"), "weights is 'int3', expected one of int8, int4, bf16"),
-        (("--sparsity", 1.5), "sparsity is (1.5,), expected shares of 0 and more and below 1"),
+        (("--sparsity", 1.5), "sparsity is (1.5,), expected fractions from 0 to below 1"),
         (("--rows", 0), "expected numbers of at least 1"),
         (("--plot", "cats.txt"), "expected a name that ends in"),
     ],

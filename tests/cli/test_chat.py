@@ -194,7 +194,7 @@ def test_full_context_is_said_and_can_be_left(talk):
 
 
 def test_answer_cut_off_by_n_is_said(talk):
-    assert "cut off after 12 tokens: `-n`" in talk("Hello")[0].err
+    assert "cut off after 12 tokens; `-n`" in talk("Hello")[0].err
 
 
 def test_unknown_command_suggests_and_goes_on(talk):

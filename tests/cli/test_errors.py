@@ -141,7 +141,7 @@ def test_bad_value_names_the_flag(refused, args, said):
 def test_what_the_model_refuses_names_the_flags(refused, model):
     """Known only when it is loaded."""
     said = refused(2, "generate", "-m", model, "--num-draft-tokens", 4, "x")
-    assert "error: --num-draft-tokens is 4, but nothing drafts" in said
+    assert "error: --num-draft-tokens is 4, but no draft model is loaded and `--lookup` is off" in said
     assert "`--lookup`" in said
 
 
@@ -192,7 +192,7 @@ def test_hub_that_cannot_be_reached(start_edge_run, tmp_path):
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (1, b"")
     lines = err.decode().splitlines()
-    assert lines[0].startswith("error: http://127.0.0.1:9 cannot be reached")
+    assert lines[0].startswith("error: the model hub http://127.0.0.1:9 cannot be reached")
     assert lines[1].startswith("hint: ")
     assert len(lines) == 2
     assert list(tmp_path.iterdir()) == []

@@ -59,4 +59,4 @@ def test_a_folder_without_layer_sizes_is_named(edge_run, hybrid):
     (hybrid / "config.json").write_text("{}")
     failed = edge_run("inspect", hybrid)
     assert failed.code == 1
-    assert "config.json` does not say 'num_hidden_layers'" in failed.err
+    assert "config.json` has no 'num_hidden_layers'" in failed.err

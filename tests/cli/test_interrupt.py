@@ -67,6 +67,29 @@ def test_while_answering(start_edge_run, long_model):
     assert b"Traceback" not in err
 
 
+def test_terminated_export_leaves_nothing(start_edge_run, tmp_path):
+    """SIGTERM used to leave `NAME.partial-PID` for ever."""
+    slow_export = """
+import sys, time
+from pathlib import Path
+from edge_export import convert
+from edge_export.staging import staged
+def export_model(source, output, **options):
+    with staged(Path(output), overwrite=False) as folder:
+        (folder / "half").write_text("half")
+        print("exporting", file=sys.stderr, flush=True)
+        time.sleep(60)
+convert.export_model = export_model
+"""
+    process = start_edge_run("export", "source", "-o", tmp_path / "out", before=slow_export)
+    while process.stderr.readline() != b"exporting\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (128 + signal.SIGTERM, b"", b"")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_chat_goes_on_after_a_stopped_answer(start_edge_run, long_model):
     process = start_edge_run("chat", "-m", long_model, "-n", 90_000, "--ignore-eos")
     process.stdin.write(b"Once upon\n")

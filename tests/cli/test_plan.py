@@ -59,7 +59,7 @@ def test_default_ratio_is_the_papers():
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ((), "nothing was given"),
+        ((), "none of parameters, tokens and flops is given"),
         (("--params", "many"), "--params is 'many'"),
         (("--tokens", "-5M"), "--tokens is '-5M'"),
         (("--flops", "1e40"), "--flops is '1e40'"),

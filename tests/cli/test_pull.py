@@ -6,6 +6,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from edge_runtime.outputs import LOCK_NAME, claimed
+
 FILES = {"openvino_model.xml": 5, "openvino_model.bin": 9, "tokenizer.json": 4, "config.json": 2, "README.md": 3}
 OTHERS = {"model.safetensors": 50, "onnx/openvino_model.xml": 5, "openvino_tokenizer.xml": 5, ".gitattributes": 1}
 COMMIT = "0123abcd" * 5
@@ -75,7 +77,7 @@ def test_broken_download_is_kept_and_resumed(hub, edge_run, tmp_path):
     hub.breaks_after = 2
     done = edge_run("pull", "owner/name")
     assert (done.code, done.out) == (1, "")
-    assert "try again" in done.err.splitlines()[1]
+    assert "run the command again" in done.err.splitlines()[1]
     assert names(tmp_path) == {"name.partial"}
     hub.breaks_after = 99
     assert edge_run("pull", "owner/name").code == 0
@@ -84,9 +86,11 @@ def test_broken_download_is_kept_and_resumed(hub, edge_run, tmp_path):
 
 def test_abandoned_pieces_do_not_pile_up(hub, edge_run, tmp_path):
     """A download that was killed leaves its piece, and the client never looks at it again."""
-    piece = tmp_path / "name.partial" / ".cache" / "huggingface" / "download" / "abc.1234.incomplete"
+    partial = tmp_path / "name.partial"
+    piece = partial / "files" / ".cache" / "huggingface" / "download" / "abc.1234.incomplete"
     piece.parent.mkdir(parents=True)
     piece.write_bytes(b"x")
+    (partial / LOCK_NAME).touch()
     hub.breaks_after = 1
     assert edge_run("pull", "owner/name").code == 1
     assert not piece.exists()
@@ -97,13 +101,14 @@ def test_incomplete_file_is_not_taken_for_a_model(hub, edge_run, tmp_path, monke
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda hub_id, local_dir, **_: local_dir.mkdir())
     done = edge_run("pull", "owner/name")
     assert done.code == 1
-    assert "is not complete" in done.err
+    assert "is incomplete" in done.err
     assert names(tmp_path) == {"name.partial"}
 
 
 def test_files_of_another_revision_do_not_stay(hub, edge_run, tmp_path):
-    (tmp_path / "name.partial").mkdir()
-    (tmp_path / "name.partial" / "chat_template.jinja").write_text("of another revision")
+    (tmp_path / "name.partial" / "files").mkdir(parents=True)
+    (tmp_path / "name.partial" / LOCK_NAME).touch()
+    (tmp_path / "name.partial" / "files" / "chat_template.jinja").write_text("of another revision")
     assert edge_run("pull", "owner/name").code == 0
     assert names(tmp_path / "name") == set(FILES)
 
@@ -114,6 +119,23 @@ def test_existing_folder_is_left_alone(hub, edge_run, tmp_path):
     assert (done.code, done.out) == (2, "")
     assert "`name` exists already" in done.err
     assert hub.asked == []
+
+
+def test_folder_of_the_users_that_ends_in_partial_is_left_alone(hub, edge_run, tmp_path):
+    """Whatever it held was removed, as files of another revision."""
+    (tmp_path / "name.partial").mkdir()
+    (tmp_path / "name.partial" / "thesis.txt").write_text("precious")
+    done = edge_run("pull", "owner/name")
+    assert done.code == 2
+    assert "edge-run did not make it" in done.err
+    assert names(tmp_path / "name.partial") == {"thesis.txt"}
+
+
+def test_second_download_to_one_place_is_refused(hub, edge_run, tmp_path):
+    with claimed(tmp_path / "name.partial"):
+        done = edge_run("pull", "owner/name")
+    assert done.code == 2
+    assert "another edge-run is at work" in done.err
 
 
 def test_repository_without_an_openvino_model(hub, edge_run, tmp_path):
@@ -127,7 +149,7 @@ def test_repository_without_an_openvino_model(hub, edge_run, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "code", "said"),
     [
-        (errors.RepositoryNotFoundError, 1, "the hub has no model `owner/name`"),
+        (errors.RepositoryNotFoundError, 1, "the model hub has no model `owner/name`"),
         (errors.GatedRepoError, 1, "licence"),
         (errors.RevisionNotFoundError, 1, "has no revision `v9`"),
         (errors.HfHubHTTPError, 1, "cannot be reached"),

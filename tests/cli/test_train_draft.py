@@ -33,8 +33,8 @@ def test_a_draft_from_the_targets_own_texts(edge_run, model, tmp_path):
 def test_no_data_is_one_line_and_a_hint(edge_run, model, tmp_path):
     outcome = edge_run("train", "draft", "--target", model, "-o", tmp_path / "draft")
     assert outcome.code == 2
-    assert "error: the stage pretrain has no text" in outcome.err
-    assert "hint: give --text" in outcome.err
+    assert "error: stage pretrain needs a text" in outcome.err
+    assert "hint: add --text" in outcome.err
 
 
 def test_a_bad_number_is_named(edge_run, model, tmp_path):

@@ -166,8 +166,8 @@ def test_a_model_that_slides_already_takes_no_other_pattern(edge_run, tiny_hf, t
     pattern = "window:window=16,sink=16,block=16"
     code, _, err = edge_run(tiny_hf("mistral"), "-o", tmp_path / "ir", "--attention", pattern)
     assert code != 0
-    assert "see a part of the context already" in err
-    with pytest.raises(ConfigError, match="see a part of the context already"):
+    assert "the model already has an attention pattern" in err
+    with pytest.raises(ConfigError, match="the model already has an attention pattern"):
         adapt(recipe(tiny_hf("mistral"), text), HybridAdaptation(pattern), tmp_path / "out")
     assert not (tmp_path / "out.training").exists()
 
@@ -175,13 +175,13 @@ def test_a_model_that_slides_already_takes_no_other_pattern(edge_run, tiny_hf, t
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (("cats", "--cats", "1.5"), "cats is 1.5, expected a share between 0 and 1"),
+        (("cats", "--cats", "1.5"), "cats is 1.5, expected a fraction between 0 and 1"),
         (("cats", "--loss", "mse"), "loss is 'mse', expected kl or ce"),
         (("cats", "--rank", "0"), "rank is 0"),
         (("hybrid", "--attention", "longen"), "did you mean `longgen`"),
-        (("hybrid", "--attention", "longgen:full=9"), "9 full layers of 3"),
+        (("hybrid", "--attention", "longgen:full=9"), "9 full layers, expected 0 to 3"),
         (("hybrid", "--window", "0"), "window is 0, expected a positive number"),
-        (("hybrid", "--context", "64", "--window", "128"), "window is 128 tokens, the context 64"),
+        (("hybrid", "--context", "64", "--window", "128"), "window is 128 tokens, expected at most the context of 64"),
     ],
 )
 def test_wrong_options_are_named(capfd, hf, text, tmp_path, args, told):

@@ -164,5 +164,5 @@ def test_text_that_is_too_short_is_refused():
 
 
 def test_model_without_gated_mlp_is_refused():
-    with pytest.raises(ExportError, match="no gated MLP that cats knows"):
+    with pytest.raises(ExportError, match="cats supports gated MLPs"):
         find_thresholds(nn.Linear(2, 2), WINDOWS, MlpFormat(cats=0.5))

@@ -80,12 +80,12 @@ def test_realised_sparsity_of_each_layer_is_on_stderr(edge_run, hf, text, tmp_pa
     ("args", "code", "error", "hint"),
     [
         (("--mlp", "melted"), 2, "mlp is 'melted', expected stock or fused", ""),
-        (("--cats", "1"), 2, "cats is 1, expected a share between 0 and 1", "--cats 0.5"),
+        (("--cats", "1"), 2, "cats is 1, expected a fraction between 0 and 1", "--cats 0.5"),
         (("--cats", "-0.5"), 2, "cats is -0.5, expected a share", ""),
         (("--cats", "nan"), 2, "cats is nan, expected a share", ""),
         (("--cats", "0.5"), 2, "cats needs a text", "--calibration-text FILE"),
         (("--cats", "0.5", "--cats-method", "dogs"), 2, "cats_method is 'dogs', expected cats or chess", ""),
-        (("--mlp", "fused", "--weights", "fp16"), 2, "weights are fp16, fused MLPs need bf16, int8 or int4", "int8"),
+        (("--mlp", "fused", "--weights", "fp16"), 2, "weights is fp16, but fused MLPs need bf16, int8 or int4", "int8"),
         (
             ("--mlp", "fused", "--weights", "int4", "--group-size", "64"),
             2,

@@ -261,7 +261,7 @@ def test_sizes_that_four_bits_cannot_have_are_refused(tiny_ir):
 
 def test_thresholds_must_fit_the_model(exported):
     model = compressed(exported("llama")[1], weights="int8")
-    with pytest.raises(ExportError, match="thresholds are for 1 MLPs, the graph has 2"):
+    with pytest.raises(ExportError, match="thresholds for 1 MLPs, but the graph has 2"):
         fuse_mlps(model, [np.zeros(1, np.float32)])
-    with pytest.raises(ExportError, match=r"down_proj has 256 neurons and thresholds \(3,\)"):
+    with pytest.raises(ExportError, match=r"down_proj has 256 neurons, but thresholds of shape \(3,\)"):
         fuse_mlps(model, [np.zeros(3, np.float32)] * 2)

@@ -58,8 +58,13 @@ def test_output_is_named_after_source_and_weights(edge_run, tiny_hf, tmp_path, m
     [
         (("./nowhere",), 1, "`./nowhere` does not exist", "give a model folder"),
         (("HF", "--weights", "int3"), 2, "weights is 'int3', expected f32, f16", ""),
-        (("HF", "--weights", "int4"), 1, "group_size 128 does not divide the 64 inputs", "--group-size 64"),
-        (("HF", "--calibration-text", "x"), 2, "calibration_text was given with int8 weights", "--weights int4"),
+        (
+            ("HF", "--weights", "int4", "--group-size", "128"),
+            1,
+            "group_size 128 does not divide hidden_size, which is 64",
+            "use --group-size 64",
+        ),
+        (("HF", "--calibration-text", "x"), 2, "calibration_text has no effect on int8 weights", "--weights int4"),
         (
             ("HF", "--weights", "int4", "--group-size", "32", "--calibration-text", "nowhere.txt"),
             2,
@@ -128,7 +133,7 @@ def test_commands_work_beside_a_broken_torchvision(tmp_path, command):
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
     )
-    said = {"export": "try it: ", "train": "error: the text has 8 tokens, a window has 512"}[command[0]]
+    said = {"export": "try it: ", "train": "error: the text has 8 tokens, but a window needs 512"}[command[0]]
     assert f"\n{said}" in f"\n{done.stderr}"
 
 

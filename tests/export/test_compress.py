@@ -4,7 +4,15 @@ import numpy as np
 import openvino as ov
 import pytest
 
-from edge_export.compress import CALIBRATION_WINDOW, MAX_CALIBRATION_WINDOWS, WeightFormat, calibration_windows
+from edge_export import compress
+from edge_export.compress import (
+    CALIBRATION_WINDOW,
+    MAX_CALIBRATION_WINDOWS,
+    WeightFormat,
+    calibration_windows,
+    check_groups,
+    fitting_group,
+)
 from edge_export.convert import export_model
 from edge_export.quiet import quiet
 from edge_export.verify import compare
@@ -102,13 +110,61 @@ def test_fp16_keeps_rotary_frequencies_in_f32(exported):
     assert [node.get_element_type().get_type_name() for node in frequencies] == ["f32"]
 
 
-def test_group_size_that_does_not_divide_names_the_layer_and_one_that_does(tiny_hf, tmp_path):
-    with pytest.raises(
-        ExportError, match=r"group_size 128 does not divide the 64 inputs of layer model\.layers"
-    ) as caught:
-        export_model(tiny_hf("llama"), tmp_path / "ir", weights="int4")
-    assert "--group-size 64" in caught.value.hint
+@pytest.mark.parametrize("known", [True, False])
+def test_group_size_that_does_not_divide_names_one_that_does(tiny_hf, tmp_path, monkeypatch, known):
+    """From config.json, or from the graph where that does not say its sizes."""
+    if not known:
+        monkeypatch.setattr(compress, "_sizes_of", lambda config: {})
+    told = "group_size 128 does not divide " + ("hidden_size, which is 64" if known else "the 64 inputs of layer model")
+    with pytest.raises(ExportError, match=told) as caught:
+        export_model(tiny_hf("llama"), tmp_path / "ir", weights="int4", group_size=128)
     assert list(tmp_path.iterdir()) == []
+    named = int(caught.value.hint.removeprefix("use --group-size ").split(",")[0])
+    made = export_model(tiny_hf("llama"), tmp_path / "ir", weights="int4", group_size=named)
+    assert made.manifest.group_size == named
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_fused", "group"),
+    [
+        ((4096, 11008), False, 128), ((576, 1536), False, 64), ((64, 160), False, 32), ((100, 36), False, -1),
+        ((4096, 14336), True, 128), ((1152, 6912, 1024), True, 128), ((256, 192), True, -1),
+    ],
+)  # fmt: skip
+def test_largest_group_that_fits_is_chosen(sizes, is_fused, group):
+    assert fitting_group(sizes, is_fused=is_fused) == group
+
+
+def test_group_size_is_chosen_where_none_is_named(tiny_hf, tmp_path):
+    """Its rows have 64 and 128 weights; what was chosen is in the manifest, and in the graph."""
+    made = export_model(tiny_hf("llama"), tmp_path / "ir", weights="int4")
+    assert made.manifest.group_size == load_manifest(tmp_path / "ir").group_size == 64
+    assert WeightFormat(weights="int4").group_size is None
+
+
+@pytest.mark.parametrize(
+    ("config", "group", "told", "hint"),
+    [
+        ({"hidden_size": 576, "intermediate_size": 1536}, None, "hidden_size is 576", "--weights int8"),
+        ({"hidden_size": 576, "intermediate_size": 1536}, 64, "hidden_size is 576", "--weights int8"),
+        ({"hidden_size": 512, "intermediate_size": 1408}, 64, "group_size is 64, but fused", "--group-size 128"),
+        ({"hidden_size": 512, "intermediate_size": 1408}, 256, "does not divide intermediate_size", "--group-size 128"),
+    ],
+)
+def test_hints_of_fused_int4_do_not_point_at_each_other(config, group, told, hint):
+    """128 was answered with `use 64`, and 64 with `use 128`, which no group size of that model satisfies."""
+    form = WeightFormat(weights="int4", group_size=group)
+    with pytest.raises((ConfigError, ExportError), match=told) as caught:
+        check_groups(form, config, is_fused=True)
+    assert hint in caught.value.hint
+    if hint == "--group-size 128":
+        check_groups(WeightFormat(weights="int4", group_size=128), config, is_fused=True)
+
+
+def test_experts_sizes_are_not_guessed():
+    """Where all layers have experts, intermediate_size is nobody's."""
+    config = {"hidden_size": 512, "intermediate_size": 100, "num_experts": 8}
+    check_groups(WeightFormat(weights="int4", group_size=128), config, is_fused=False)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +222,7 @@ def test_calibration_text_that_is_too_short_is_refused():
         ({"weights": "int5"}, "weights is 'int5', expected f32, f16, bf16, int8 or int4"),
         ({"weights": "int4", "group_size": 0}, "group_size is 0, expected at least 8"),
         ({"weights": "int4", "group_size": -2}, "group_size is -2"),
-        ({"weights": "fp16", "symmetric": True}, "symmetric was asked for with fp16 weights"),
+        ({"weights": "fp16", "symmetric": True}, "symmetric has no effect on fp16 weights"),
         ({"weights": "int4", "calibration_method": "magic"}, "calibration_method is 'magic', expected gptq or awq"),
     ],
 )
@@ -176,5 +232,5 @@ def test_format_that_does_not_exist_is_refused(options, message):
 
 
 def test_calibration_without_int4_is_refused(tiny_hf, tmp_path):
-    with pytest.raises(ConfigError, match="calibration_text was given with int8 weights"):
+    with pytest.raises(ConfigError, match="calibration_text has no effect on int8 weights"):
         export_model(tiny_hf("llama"), tmp_path / "ir", weights="int8", calibration_text=tmp_path / "text.txt")

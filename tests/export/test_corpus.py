@@ -52,7 +52,7 @@ def test_missing_and_empty_text_is_refused(tokenizer, tmp_path):
 def test_equal_windows_are_kept_once_and_the_rest_is_left_out():
     tokens = np.array([1, 2, 3, 4, 1, 2, 5, 6, 7], np.uint32)
     assert cut(tokens, 2).tolist() == [[1, 2], [3, 4], [5, 6]]
-    with pytest.raises(ConfigError, match="9 tokens, a window has 10"):
+    with pytest.raises(ConfigError, match="9 tokens, but a window needs 10"):
         cut(tokens, 10)
 
 

@@ -161,14 +161,30 @@ def test_a_full_disk_is_one_line(recipe, tmp_path, monkeypatch):
         raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(stages, "train", full)
-    with pytest.raises(ExportError, match=r"disk of .* is full"):
+    with pytest.raises(ExportError, match="disk is full"):
         train_draft(recipe, tmp_path / "draft")
 
 
 def test_a_start_with_another_vocabulary_is_refused(recipe, tmp_path):
     other = make_hf_model("llama", tmp_path / "other", vocab_size=400)
-    with pytest.raises(ModelPairError, match="vocabulary of 400, the target's is 384"):
+    with pytest.raises(ModelPairError, match="vocabulary of 400, but the target's has 384"):
         train_draft(dataclasses.replace(recipe, start=other), tmp_path / "draft")
+
+
+@pytest.mark.parametrize("output", ["hf", ".", "hf/draft", "notes"])
+def test_nothing_that_is_read_or_not_ours_is_written_over(recipe, tmp_path, output):
+    """With the target as its output, the command replaced the target's weights and ended with 0."""
+    target = tmp_path / "hf"
+    target.mkdir()
+    (target / "model.safetensors").write_text("precious")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "config.json").write_text("precious")
+    with pytest.raises(ConfigError, match=r"the target|did not write"):
+        train_draft(dataclasses.replace(recipe, target=str(target)), tmp_path / output)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == [
+        str(Path("hf", "model.safetensors")),
+        str(Path("notes", "config.json")),
+    ]
 
 
 def test_chat_without_a_template_is_refused(recipe, tiny_ir, tmp_path):
@@ -227,7 +243,7 @@ def test_too_little_text_is_refused(recipe, tmp_path, content, message):
     ("name", "content", "message"),
     [
         ("a.txt", "\n", "holds no prompt"),
-        ("a.jsonl", '{"text": 1}', r"line 1 of .* is no prompt"),
+        ("a.jsonl", '{"text": 1}', r"line 1 of .* is not a prompt"),
         ("a.jsonl", "x", r"line 1 of .* is not JSON"),
     ],
 )

@@ -35,10 +35,10 @@ def test_words_are_recipes(words, wanted):
         ("longgen:windows=64", "longgen has no `windows`, it has window, sink"),
         ("longgen:window=2k", "window is `2k`, expected a whole number"),
         ("longgen:window=100", "expected a multiple of the block size 64"),
-        ("longgen:full=9", "9 full layers of 6"),
+        ("longgen:full=9", "9 full layers, expected 0 to 6"),
         ("s2:stride=100", "a stride of at most 24"),
         ("s2:block=48", "block size is 48"),
-        ("window", "has no size"),
+        ("window", "needs a size"),
         ("longgen:full=6", "leaves all 6 layers full"),
         ("s2:dense_every=1", "leaves all 6 layers full"),
     ],
@@ -89,5 +89,5 @@ def test_phi3_small_is_what_its_code_says():
 
 
 def test_a_pattern_of_another_model_is_refused():
-    with pytest.raises(ConfigError, match="for 6 layers, the model has 4"):
+    with pytest.raises(ConfigError, match="has 6 layers, but the model has 4"):
         check_fits(longgen(6), config())

@@ -40,5 +40,5 @@ def test_depth_is_kept_where_it_is_given():
 
 
 def test_a_budget_too_small_for_the_vocabulary_is_refused():
-    with pytest.raises(ConfigError, match="1,000,000 parameters do not hold a vocabulary of 151,646"):
+    with pytest.raises(ConfigError, match="1,000,000 parameters are too few for a vocabulary of 151,646"):
         config(num_parameters=1e6, vocab_size=151646)

@@ -1,6 +1,7 @@
 """What cannot be exported is refused in one line that says why and what to do."""
 
 import json
+import os
 import shutil
 
 import httpx
@@ -43,13 +44,35 @@ def _drop_a_tensor(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _reshape_a_tensor(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:100].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+class _Code:
+    def __reduce__(self):
+        return os.system, ("touch was-run",)
+
+
+def _pickle_code(folder):
+    import torch
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": _Code()}, folder / "pytorch_model.bin")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (_without("config.json"), r"holds no config\.json"),
         (_without("model.safetensors"), "holds no weights"),
         (_without("tokenizer.json"), "holds no tokenizer"),
-        (_truncate, "the weights in .* cannot be read"),
+        (_truncate, r"model\.safetensors` is cut short: 247,472 bytes, its table says 494,944"),
+        (_reshape_a_tensor, r"1 tensors .* another shape .* lm_head\.weight: \(100, 64\), expected \(384, 64\)"),
+        (_pickle_code, "pickled Python objects other than tensors"),
         (_drop_a_tensor, r"lack 1 tensors, such as model\.layers\.1\.mlp\.down_proj\.weight"),
         (lambda folder: (folder / "config.json").write_text("{"), "is not readable JSON"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer"),
@@ -66,6 +89,16 @@ def test_spoilt_source_is_one_line_and_leaves_nothing(folder, tmp_path, spoil, m
         export_model(folder, tmp_path / "ir")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert not os.path.exists("was-run")
+
+
+def test_weights_that_no_layer_asks_for_are_left_out(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = tensors["model.norm.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert export_model(folder, tmp_path / "ir", weights="fp32").verification.top1_agreement == 1
 
 
 def test_path_that_does_not_exist_is_no_hub_id(tmp_path):
@@ -81,9 +114,9 @@ def test_finished_folder_is_not_exported_again(tiny_ir):
 
 
 def test_file_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ExportError, match=r"is a \.gguf file, expected a model folder or a \.onnx file"):
-        open_source(tmp_path / "model.gguf")
+    (tmp_path / "model.tar").write_bytes(b"tar")
+    with pytest.raises(ExportError, match=r"is a \.tar file, expected a model folder or a \.onnx file"):
+        open_source(tmp_path / "model.tar")
 
 
 def test_several_onnx_files_are_not_guessed_between(folder):
@@ -139,8 +172,11 @@ class _Response:
         (errors.LocalEntryNotFoundError("no network"), "the model hub cannot be reached"),
         (ConnectionError("no route"), "the model hub cannot be reached"),
         (httpx.ReadTimeout("slow"), "the model hub cannot be reached"),
-        (errors.RepositoryNotFoundError("404", response=_Response()), "the hub has no model `someone/some-model`"),
-        (errors.GatedRepoError("403", response=_Response()), "only to users who accepted its licence"),
+        (
+            errors.RepositoryNotFoundError("404", response=_Response()),
+            "no folder named `someone/some-model`, and the model hub has no such model",
+        ),
+        (errors.GatedRepoError("403", response=_Response()), "requires its licence to be accepted"),
     ],
 )
 def test_hub_failure_says_what_to_do(monkeypatch, error, message):

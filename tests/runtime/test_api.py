@@ -12,7 +12,7 @@ import pytest
 from edge_runtime.api import EdgeLLM
 from edge_runtime.chat_template import ROLES
 from edge_runtime.config import GenerationConfig, LoadConfig
-from edge_runtime.errors import ConfigError, ContextOverflowError
+from edge_runtime.errors import ConfigError, ContextOverflowError, LogitsError
 from edge_runtime.stream import GenerationResult
 from tests.runtime.fakes import LETTERS, blended_table, make_engine, make_llm, random_table
 
@@ -59,8 +59,8 @@ def test_prompt_as_text_and_as_ids_are_the_same(llm):
         (b"abc", "the prompt is b'abc', expected text or token ids"),
         ([1.5], "the prompt holds 1.5, expected text or token ids"),
         (["a"], "the prompt holds 'a', expected text or token ids"),
-        ([1, 24], "the prompt holds token id 24, the model's ids go from 0 to 23"),
-        ([-1], "the prompt holds token id -1, the model's ids go from 0 to 23"),
+        ([1, 24], "the prompt holds token id 24, expected an id from 0 to 23"),
+        ([-1], "the prompt holds token id -1, expected an id from 0 to 23"),
     ],
 )
 def test_bad_prompt_is_refused_before_anything_runs(llm, prompt, told):
@@ -72,7 +72,7 @@ def test_bad_prompt_is_refused_before_anything_runs(llm, prompt, told):
 
 def test_prompt_that_fills_the_context_is_refused(tmp_path):
     llm = make_llm(tmp_path, make_engine(TARGET, context_length=10))
-    with pytest.raises(ContextOverflowError, match="the prompt has 10 tokens, the model's context holds 10"):
+    with pytest.raises(ContextOverflowError, match="the prompt has 10 tokens, but the model's context holds 10"):
         llm.generate("a" * 10)
 
 
@@ -220,13 +220,13 @@ def test_unknown_option_names_the_nearest(llm):
 @pytest.mark.parametrize("options", [{"stop_token_ids": [24]}, {"logit_bias": {24: 1.0}}])
 def test_token_id_that_the_model_lacks_is_refused(llm, options):
     """It would never stop anything, and bias nothing."""
-    with pytest.raises(ConfigError, match="holds token id 24, the model's ids go from 0 to 23"):
+    with pytest.raises(ConfigError, match="holds token id 24, expected an id from 0 to 23"):
         llm.generate(PROMPT, **options)
 
 
 def test_drafting_without_a_draft_is_refused(plain):
     """Plain decoding would be something else than was asked for."""
-    with pytest.raises(ConfigError, match="num_draft_tokens is 4, but nothing drafts") as caught:
+    with pytest.raises(ConfigError, match="num_draft_tokens is 4, but no draft model is loaded") as caught:
         plain.generate(PROMPT, num_draft_tokens=4)
     assert caught.value.hint
     for options in ({"num_draft_tokens": 0}, {"num_draft_tokens": "auto"}, {"num_draft_tokens": 4, "lookup": True}):
@@ -307,3 +307,18 @@ def test_option_is_honoured_while_speculating(option, tmp_path):
         return llm.generate(PROMPT, **{"max_new_tokens": 20, "num_draft_tokens": 2, **options})
 
     assert HONOURED[option](ask)
+
+
+@pytest.mark.parametrize("attention", ["stock", "block_sparse"])
+@pytest.mark.parametrize("precision", ["f32", "auto"])
+def test_answer_after_nan_keys_is_that_of_a_fresh_model(attention, precision):
+    """The request that met them ends with an error, and nothing of them is left in what the next one reads."""
+    llm, fresh = (EdgeLLM.load(precision=precision, attention=attention) for _ in range(2))
+    ids, options = list(range(300, 380)), {"max_new_tokens": 12, "ignore_eos": True}
+    stream = llm.stream(ids, **options)
+    next(stream)
+    for tensor in llm.engine.target.model.cache.tensors:
+        tensor.data.view(np.uint8)[...] = 0xFF
+    with pytest.raises(LogitsError, match="the model's largest logit is nan"):
+        stream.finish()
+    assert llm.generate(ids, **options).token_ids == fresh.generate(ids, **options).token_ids

@@ -116,15 +116,15 @@ def test_a_pattern_survives_json(pattern):
     ("make", "told"),
     [
         (lambda: LayerPattern(window=0), "window is 0 tokens, expected at least 1"),
-        (lambda: LayerPattern(sink=4), "give it a window"),
+        (lambda: LayerPattern(sink=4), "need a window"),
         (lambda: LayerPattern(window=64, stride=-1), "stride is -1, expected 0 or more"),
         (lambda: LayerPattern(window=64, offsets=()), "expected one or more"),
         (lambda: LayerPattern(window=64, offsets=(0, 1, 2)).check(8, 4), "3 offsets for 4 KV heads of 8 heads"),
-        (lambda: LayerPattern(window=64, num_dense_heads=9).check(8, 4), "9 dense heads of 8"),
+        (lambda: LayerPattern(window=64, num_dense_heads=9).check(8, 4), "9 dense heads, expected at most the 8"),
         (lambda: longgen(6, window=100), "window is 100 tokens, expected a multiple of the block size 64"),
-        (lambda: longgen(6, num_full=7), "7 full layers of 6"),
+        (lambda: longgen(6, num_full=7), "7 full layers, expected 0 to 6"),
         (lambda: longgen(6, block_size=48), "block size is 48, expected one of"),
-        (lambda: AttentionPattern(block_size=64, patterns=(FULL,), layers=(0, 1)), "expected each of 0 to 0"),
+        (lambda: AttentionPattern(block_size=64, patterns=(FULL,), layers=(0, 1)), "expected every number from 0 to 0"),
     ],
 )
 def test_what_cannot_be_is_refused(make, told):

@@ -8,6 +8,7 @@ import pytest
 from edge_runtime.api import EdgeLLM
 from edge_runtime.batch import MOST_SEQUENCES, most_sequences, write_batch
 from edge_runtime.config import GenerationConfig
+from edge_runtime.errors import LogitsError
 from tests.tiny_models import SENTENCES
 
 LENGTHS = (3, 40, 17, 1, 31)
@@ -68,3 +69,15 @@ def test_sentences_of_text(tiny_ir):
     ids = llm.tokenizer.encode(SENTENCES[0])
     (made,) = write_batch(load(tiny_ir("llama")).engine.target.model, [ids], [GenerationConfig(max_new_tokens=8)])
     assert made.token_ids == llm.generate(ids, max_new_tokens=8, ignore_eos=True).token_ids
+
+
+def test_forbidding_every_token_is_an_error(tiny_ir):
+    """The batch after it is written as by a fresh model."""
+    llm = load(tiny_ir("llama"))
+    model, free = llm.engine.target.model, GenerationConfig(max_new_tokens=8)
+    nothing = GenerationConfig(temperature=1.0, logit_bias=dict.fromkeys(range(model.vocab_size), float("-inf")))
+    with pytest.raises(LogitsError, match="the options forbid every token"):
+        write_batch(model, prompts()[:2], [free, nothing])
+    made = write_batch(model, prompts(), [free] * len(LENGTHS))
+    wanted = write_batch(load(tiny_ir("llama")).engine.target.model, prompts(), [free] * len(LENGTHS))
+    assert [answer.token_ids for answer in made] == [answer.token_ids for answer in wanted]

@@ -1,12 +1,13 @@
 """Step counts from a request's counters, and the prediction made of step costs."""
 
+from random import Random
+
 import pytest
 
 from edge_runtime.bench.steps import median_step, predicted_speedup, run_step, step_counts
 from edge_runtime.bench.variants import RandomDraft
 from edge_runtime.config import GenerationConfig
 from edge_runtime.drafters import PromptLookup
-from edge_runtime.engine import random_source
 from edge_runtime.metrics import Metrics
 from edge_runtime.sampling import Sampler
 from tests.runtime.fakes import make_engine, random_table, run
@@ -56,7 +57,7 @@ def test_step_can_be_repeated(drafter):
     widths = []
     engine.target.model.on_forward = lambda token_ids: widths.append(len(token_ids))
     engine.target.catch_up(ids)
-    sampler = Sampler(GenerationConfig(), ids, random_source(0))
+    sampler = Sampler(GenerationConfig(), ids, Random(0))
     steps = [run_step(engine.target, drafter, ids, length, sampler) for _ in range(4)]
     assert widths == [4, *[1 + length] * 4]
     assert engine.target.token_ids[:4] == ids

@@ -250,9 +250,12 @@ def test_a_window_of_the_graph_shrinks_the_caches(tiny_ir):
 @pytest.mark.parametrize(
     ("pattern", "told"),
     [
-        (longgen(4, window=64), "says what 4 layers see, the model has 3"),
+        (longgen(4, window=64), "patterns for 4 layers, but the model has 3"),
         (AttentionPattern.of_layers([LayerPattern(window=64, stride=2, offsets=(0, 1, 0))] * 3), "3 offsets for 2 KV"),
-        (AttentionPattern.of_layers([LayerPattern(window=64, stride=2, num_dense_heads=5)] * 3), "5 dense heads of 4"),
+        (
+            AttentionPattern.of_layers([LayerPattern(window=64, stride=2, num_dense_heads=5)] * 3),
+            "5 dense heads, expected at most the 4",
+        ),
     ],
     ids=["layers", "offsets", "dense heads"],
 )

@@ -45,6 +45,17 @@ def test_speculative_answers_equal_plain_ones(pair, prompt):
     assert plain.token_ids == drafted.token_ids
 
 
+@pytest.mark.parametrize("prompt", [CODE, STORY])
+def test_seeded_answers_are_the_same_whatever_is_drafted(pair, prompt):
+    """Pacing follows the clock, so drafting that consumed random numbers gave a seed several answers."""
+    options = {"max_new_tokens": 30, "temperature": 1.0, "ignore_eos": True}
+    drafting = [{"num_draft_tokens": 1}, {"num_draft_tokens": 6}, {}, {"lookup": True}]
+    for seed in range(2):
+        plain = pair.generate(prompt, seed=seed, num_draft_tokens=0, **options)
+        for asked in drafting:
+            assert pair.generate(prompt, seed=seed, **asked, **options).token_ids == plain.token_ids
+
+
 def test_code_goes_on_as_python_and_a_story_as_english(pair):
     def words(prompt):
         return Counter(re.findall(r"[a-z]+", pair.generate(prompt, max_new_tokens=100).text.lower()))

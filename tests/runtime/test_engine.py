@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from edge_runtime.config import GenerationConfig
-from edge_runtime.errors import ConfigError, ContextOverflowError
+from edge_runtime.errors import ConfigError, ContextOverflowError, LogitsError
 from edge_runtime.metrics import Metrics
 from tests.runtime.fakes import blended_table, generate, make_engine, random_table, run
 
@@ -230,7 +232,7 @@ def test_prompt_is_refused_where_no_answer_fits():
     engine = make_engine(TARGET, context_length=10)
     with pytest.raises(ConfigError, match="prompt is empty"):
         run(engine, [])
-    with pytest.raises(ContextOverflowError, match="the prompt has 10 tokens, the model's context holds 10"):
+    with pytest.raises(ContextOverflowError, match="the prompt has 10 tokens, but the model's context holds 10"):
         run(engine, [1] * 10)
     assert len(run(engine, [1] * 9, max_new_tokens=5)) == 1
 
@@ -250,3 +252,78 @@ def test_failing_forward_leaves_the_engine_usable():
             run(engine, [*PROMPT, failing_at], num_draft_tokens=2)
         engine.target.model.on_forward = lambda token_ids: None
         assert run(engine, PROMPT, num_draft_tokens=2) == plain()
+
+
+def table_with_bad_row(after: list[int], value: float = np.nan) -> np.ndarray:
+    """Return the target's table with one row that gives no token: that after the last two of `after`."""
+    table = TARGET.copy()
+    table[after[-2], after[-1]] = value
+    return table
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("draft", [None, "target itself", "half right", "random"])
+def test_tokens_before_bad_logits_come_and_none_after(draft, value):
+    """Whatever is drafted; a block that meets the bad row in its middle ends before it."""
+    for options in ({}, {"temperature": 1.0, "seed": 3}, {"logprobs": 2}, {"lookup": True}):
+        text = plain(max_new_tokens=60, **options)
+        pairs = list(pairwise(text))
+        at = next(i for i in range(7, 60) if pairs.index(pairs[i]) == i)
+        table = table_with_bad_row(text[: at + 2], value)
+        for num_draft_tokens in (1, 3, 8, "auto") if draft else (0,):
+            engine = make_engine(table, None if draft is None else DRAFTS[draft])
+            config = GenerationConfig(max_new_tokens=60, num_draft_tokens=num_draft_tokens, **options)
+            stream = generate(engine, PROMPT, config, (), None)
+            made = [next(stream).token_id for _ in range(at + 2)]
+            assert made == text[: at + 2]
+            with pytest.raises(LogitsError, match="the model's largest logit is"):
+                next(stream)
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 4])
+def test_request_after_bad_logits_reads_its_prompt_again(num_draft_tokens):
+    """Keys and values of tokens that it shares may be NaN."""
+    text = plain(max_new_tokens=20)
+    engine = make_engine(table_with_bad_row(text[:9]), DRAFTS["half right"])
+    with pytest.raises(LogitsError):
+        run(engine, PROMPT, num_draft_tokens=num_draft_tokens)
+    metrics = Metrics()
+    assert run(engine, [*PROMPT, text[0]], metrics=metrics, max_new_tokens=5) == text[1:6]
+    assert metrics.reused_tokens == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "seed": 1}])
+def test_forbidding_every_token_is_an_error_before_the_first(options):
+    """Sampling emitted the id after the last one, and greedy decoding a forbidden one."""
+    engine = make_engine(TARGET, DRAFTS["half right"])
+    with pytest.raises(LogitsError, match="the options forbid every token"):
+        run(engine, PROMPT, logit_bias=dict.fromkeys(range(V), float("-inf")), **options)
+    assert run(engine, PROMPT) == plain()
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+@pytest.mark.parametrize("num_draft_tokens", [1, 4, "auto"])
+def test_bad_logits_of_a_draft_cost_speed_only(num_draft_tokens, lookup, caplog):
+    """The answer is the target's, and the next request drafts again, on caches that hold no NaN."""
+    draft = DRAFTS["half right"].copy()
+    text = plain()
+    draft[text[5], text[6]] = np.nan
+    engine = make_engine(TARGET, draft)
+    options = {"num_draft_tokens": num_draft_tokens, "lookup": lookup}
+    assert run(engine, PROMPT, max_new_tokens=60, **options) == plain(max_new_tokens=60)
+    if num_draft_tokens != "auto":
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "the draft model is not used for the rest of this answer" in caplog.text
+        metrics = Metrics()
+        run(engine, [7, 7, 2], metrics=metrics, **options)
+        assert metrics.proposed_tokens > 0
+    for seed in range(10):
+        request = {"temperature": 1.0, "seed": seed}
+        assert run(engine, PROMPT, **request, **options) == plain(**request)
+
+
+def test_draft_whose_vocabulary_is_forbidden_proposes_nothing():
+    """A narrower draft has none of the tokens that the options leave to the target."""
+    engine = make_engine(TARGET, DRAFTS["narrower"])
+    options = {"logit_bias": dict.fromkeys(range(V - 3), float("-inf")), "temperature": 1.0, "seed": 2}
+    assert run(engine, PROMPT, num_draft_tokens=4, **options) == plain(**options)

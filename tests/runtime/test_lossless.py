@@ -2,13 +2,20 @@
 
 The exact proofs for single blocks are in `test_speculative.py`; here the engine runs, with its caches, its history and
 its own random generator. Expected counts are exact: they come from the tables of the fake models, not from sampling.
+
+There are two couplings of draft and target: the maximal one without a seed, and that by shared noise with one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count as counter
 from itertools import islice
-from typing import Any
+from random import Random
+from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -54,19 +61,33 @@ def plain_distribution(length: int = LENGTH, target: np.ndarray = TARGET, **opti
     return wanted
 
 
+Coupling = Literal["maximal", "seeded"]
+
+
+@contextmanager
+def fixed_sources() -> Iterator[None]:
+    """Let each request without a seed draw from the next of a fixed row of sources."""
+    sources = (Random(f"seed {number}") for number in counter())
+    with mock.patch.object(sampling, "Random", lambda seed: next(sources)):
+        yield
+
+
 def drawn(
     engine: Engine,
     count: int,
     metrics: Metrics | None = None,
     prompt: list[int] = PROMPT,
+    coupling: Coupling = "maximal",
     **options: Any,
 ) -> Counter[tuple[int, ...]]:
     """Return how often each answer of LENGTH tokens came; the request would go on, so blocks are not cut short."""
     counted: Counter[tuple[int, ...]] = Counter()
-    for seed in range(count):
-        config = GenerationConfig(**options, seed=seed, max_new_tokens=LENGTH + 8)
-        stream = generate(engine, prompt, config, (), metrics)
-        counted[tuple(token.token_id for token in islice(stream, LENGTH))] += 1
+    with fixed_sources():
+        for number in range(count):
+            seed = number if coupling == "seeded" else None
+            config = GenerationConfig(**options, seed=seed, max_new_tokens=LENGTH + 8)
+            stream = generate(engine, prompt, config, (), metrics)
+            counted[tuple(token.token_id for token in islice(stream, LENGTH))] += 1
     return counted
 
 
@@ -168,6 +189,13 @@ def test_every_filter_and_penalty_is_lossless(options):
     assert_same_distribution(engine, wanted, 4000, num_draft_tokens=3, **options)
 
 
+@pytest.mark.parametrize("name", ["pure", "top-k", "presence and frequency"])
+def test_seeded_sampling_is_lossless(name):
+    """Over all seeds, through drafted blocks: neighbouring seeds and positions must be independent of each other."""
+    engine, wanted = make_engine(TARGET, DRAFT), plain_distribution(**FILTERS[name])
+    assert_same_distribution(engine, wanted, 2000, coupling="seeded", num_draft_tokens=3, **FILTERS[name])
+
+
 @pytest.mark.parametrize("with_draft", [False, True])
 def test_prompt_lookup_is_lossless(with_draft, each_row_once):
     """Copied tokens were not drawn, and are accepted with the target's own probability."""
@@ -187,21 +215,32 @@ def test_length_chosen_by_cost_is_lossless(each_row_once):
     assert_same_distribution(make_engine(TARGET, DRAFT), plain_distribution(**options), 5000, **options)
 
 
-def test_acceptance_is_one_minus_total_variation(each_row_once):
-    """Leviathan et al. 2023, theorem 3.5: the chance of a draft token is the sum of min(p, q)."""
+@pytest.mark.parametrize("coupling", ["maximal", "seeded"])
+def test_acceptance_is_what_the_coupling_promises(coupling, each_row_once):
+    """Leviathan et al. 2023, theorem 3.5: the sum of min(p, q). Of two races with the same noise, token i wins both
+
+    with probability 1 / sum over j of max(p_j / p_i, q_j / q_i): nowhere below (1 - d) / (1 + d) for a distance of d.
+    """
     options = {"temperature": 1.0, "top_p": 0.9}
     sampler = Sampler(GenerationConfig(**options), PROMPT, np.random.default_rng(0))
-    wanted = 0.0
+    wanted, least = 0.0, 0.0
     for (first,), chance in plain_distribution(1, **options).items():
-        p, q = (sampler.distribution(table[PROMPT[-1], first]) for table in (TARGET, DRAFT))
-        wanted += chance * sum(min(p.probability(i), q.probability(i)) for i in range(V))
-    engine, kept, count = make_engine(TARGET, DRAFT), 0, 10_000
-    for seed in range(count):
-        config = GenerationConfig(**options, seed=seed, num_draft_tokens=1)
-        stream = generate(engine, PROMPT, config, (), None)
-        next(stream)
-        kept += next(stream).is_drafted
+        made = [sampler.distribution(table[PROMPT[-1], first]) for table in (TARGET, DRAFT)]
+        p, q = (np.array([each.probability(i) for i in range(V)]) for each in made)
+        shared = np.minimum(p, q).sum()
+        both = sum(1 / np.maximum(p / p[i], q / q[i]).sum() for i in range(V) if p[i] and q[i])
+        wanted += chance * (both if coupling == "seeded" else shared)
+        least += chance * shared / (2 - shared)
+    engine, kept, count = make_engine(TARGET, DRAFT), 0, 5000
+    with fixed_sources():
+        for number in range(count):
+            seed = number if coupling == "seeded" else None
+            config = GenerationConfig(**options, seed=seed, num_draft_tokens=1)
+            stream = generate(engine, PROMPT, config, (), None)
+            next(stream)
+            kept += next(stream).is_drafted
     assert abs(kept / count - wanted) < 3 * np.sqrt(wanted * (1 - wanted) / count)
+    assert wanted > least
 
 
 WRONG_RULES = {
@@ -227,6 +266,48 @@ def test_resampling_from_the_target_after_a_rejection_would_be_noticed(monkeypat
     counted = drawn(make_engine(TARGET, DRAFT), 4000, num_draft_tokens=2, temperature=1.0, top_p=0.9)
     wanted = plain_distribution(temperature=1.0, top_p=0.9)
     assert p_value(prefixes(counted, 2), dict(prefixes(wanted, 2))) < 1e-9
+
+
+DRAFTERS = {
+    "half right": (DRAFT, {}),
+    "unrelated": (HOSTILE["unrelated"], {}),
+    "narrower": (HOSTILE["narrower"], {}),
+    "wider": (HOSTILE["wider"], {}),
+    "lookup": (None, {"lookup": True}),
+    "lookup and draft": (DRAFT, {"lookup": True}),
+}
+
+
+@pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS)
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_seeded_text_is_the_same_whatever_is_drafted(drafter, options):
+    """Pacing looks at the clock: where drafting consumed random numbers, six runs of one seed gave four answers."""
+    draft, drafting = DRAFTERS[drafter]
+    engine, plain = make_engine(TARGET, draft), make_engine(TARGET)
+    prompt = [*PROMPT, 7, 2, *PROMPT, 7]
+    for seed in range(4):
+        wanted = run(plain, prompt, seed=seed, num_draft_tokens=0, **options)
+        for num_draft_tokens in (1, 3, 8, "auto"):
+            request = {"seed": seed, "num_draft_tokens": num_draft_tokens, **drafting, **options}
+            assert run(engine, prompt, **request) == wanted
+
+
+def test_seeded_text_is_the_same_where_streams_take_turns():
+    """A request that goes on after another used the models reads its sequence again, at the same positions."""
+    engine = make_engine(TARGET, DRAFT)
+    configs = [GenerationConfig(temperature=1.0, seed=s, num_draft_tokens=3, max_new_tokens=30) for s in (1, 2)]
+    wanted = [[token.token_id for token in generate(engine, PROMPT, config, (), None)] for config in configs]
+    streams = [generate(engine, PROMPT, config, (), None) for config in configs]
+    made = [(first.token_id, second.token_id) for first, second in zip(*streams, strict=True)]
+    assert [list(ids) for ids in zip(*made, strict=True)] == wanted
+
+
+def test_position_counts_from_the_start_of_the_sequence():
+    """A continued answer goes on as if it had not been interrupted, and a chat's turns do not share their noise."""
+    whole = run(make_engine(TARGET, DRAFT), PROMPT, seed=4, temperature=1.0)
+    for taken in (1, 7, 20):
+        rest = run(make_engine(TARGET, DRAFT), [*PROMPT, *whole[:taken]], seed=4, temperature=1.0)
+        assert rest[: 40 - taken] == whole[taken:]
 
 
 @pytest.mark.parametrize("num_draft_tokens", [0, 3])

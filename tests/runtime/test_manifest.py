@@ -73,7 +73,7 @@ def test_damaged_manifest_is_named(folder, content):
 @pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1, None, "1"])
 def test_other_format_version_is_refused(folder, version):
     """An older edge-run must not guess at what a newer one means."""
-    told = f"has format version {version}, this edge-run reads {FORMAT_VERSION}"
+    told = f"has format version {version}, but this edge-run reads version {FORMAT_VERSION}"
     assert_refused(write(folder, edge_model=changed(format_version=version)), told)
 
 

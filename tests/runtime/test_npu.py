@@ -117,7 +117,7 @@ def test_an_answer_may_fill_the_context(llm):
 
 @pytest.mark.parametrize("device", ["NPU", "CPU"])
 def test_a_prompt_beyond_the_loaded_context_says_how_to_load_more(llm, device):
-    with pytest.raises(ContextOverflowError, match="300 tokens, the model's context holds 256") as raised:
+    with pytest.raises(ContextOverflowError, match="300 tokens, but the model's context holds 256") as raised:
         llm(device).generate(random_ids(300))
     assert raised.value.hint == "shorten it to at most 255 tokens, or load the model with `context_length` up to 512"
 
@@ -171,7 +171,7 @@ def test_another_stand_in_is_refused(monkeypatch):
         ({"precision": "f32"}, "precision is f32, the NPU computes and stores in f16"),
         ({"kv_precision": "u8"}, "kv_precision is u8, the NPU"),
         ({"prefill_chunk_size": 500}, "prefill_chunk_size is 500, on NPU a power of two"),
-        ({"prefill_chunk_size": 4}, "prefill_chunk_size is 4, on NPU a power of two not below a step of 8"),
+        ({"prefill_chunk_size": 4}, "prefill_chunk_size is 4, expected a power of two of at least 8 on NPU"),
     ],
 )
 def test_options_that_the_npu_lacks_are_refused(tiny_ir, options, told):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.config import GenerationConfig
+from edge_runtime.errors import LogitsError
 from edge_runtime.sampling import Categorical, PointMass, Sampler, filtered_distribution, top_logprobs
 
 V = 50
@@ -306,6 +307,71 @@ def test_logprobs_equal_log_softmax(regime, count):
     wanted = log_softmax(logits.astype(np.float64))
     own, top = top_logprobs(logits, 4, count)
     assert own == pytest.approx(wanted[4])
-    assert [value for _, value in top] == pytest.approx(np.sort(wanted)[::-1][:count])
+    possible = np.sort(wanted[np.isfinite(wanted)])[::-1]
+    assert [value for _, value in top] == pytest.approx(possible[:count])
     assert all(wanted[token_id] == pytest.approx(value) for token_id, value in top)
-    assert len({token_id for token_id, _ in top}) == min(count, V)
+    assert len({token_id for token_id, _ in top}) == min(count, len(possible))
+
+
+BAD_ROWS = {
+    "NaN": ([1.0, np.nan, 2.0], {}, "the model's largest logit is nan"),
+    "NaN after the best": ([5.0, 1.0, np.nan], {}, "the model's largest logit is nan"),
+    "all NaN": ([np.nan] * 3, {}, "the model's largest logit is nan"),
+    "+inf": ([1.0, np.inf, 2.0], {}, "the model's largest logit is inf"),
+    "+inf, forbidden": ([1.0, np.inf, 2.0], {"logit_bias": {1: -np.inf}}, "the model's largest logit is inf"),
+    "all -inf": ([-np.inf] * 3, {}, "the model's largest logit is -inf"),
+    "all forbidden": ([1.0, 2.0, 3.0], {"logit_bias": dict.fromkeys(range(3), -np.inf)}, "the options forbid every"),
+    "the rest forbidden": ([-np.inf, 2.0, -np.inf], {"logit_bias": {1: -np.inf}}, "the options forbid every"),
+    "overflow": ([1.0, 2.0, 3.0], {"logit_bias": {1: 1e30}, "repetition_penalty": 1e-30}, "logit_bias and penalties"),
+}
+WAYS = {
+    "greedy": {},
+    "all tokens": {"temperature": 1.0},
+    "top-k": {"temperature": 1.0, "top_k": 2},
+    "top-p": {"temperature": 1.0, "top_p": 0.9},
+    "min-p": {"temperature": 1.0, "min_p": 0.1},
+    "seeded": {"temperature": 1.0, "seed": 1},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("row", BAD_ROWS)
+def test_no_token_is_drawn_from_bad_logits(row, way):
+    """Greedy decoding emitted a forbidden id, sampling an id beyond the vocabulary, top-k raised an IndexError."""
+    logits, options, message = BAD_ROWS[row]
+    sampler = sampler_after([1], [], **WAYS[way], **options)
+    with pytest.raises(LogitsError, match=message) as caught:
+        sampler.distribution(np.array(logits, np.float32))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1e-30}, {"temperature": 1e30}, {"top_k": V + 5}, {"top_p": 1e-300}, {"min_p": 1.0},
+     {"repetition_penalty": 1e30}, {"repetition_penalty": 1e-30}, {"presence_penalty": 1e30, "frequency_penalty": 1e30},
+     {"presence_penalty": -1e30, "frequency_penalty": -1e30}, {"logit_bias": {1: 1e30, 2: -1e30}}],
+    ids=str,
+)  # fmt: skip
+def test_forbidden_tokens_are_never_drawn(way, options):
+    """Whatever the other options are, at their ends too: by the model's own -inf, by logit_bias, and after a draft."""
+    logits = make_logits("forbidden")
+    bias = {**dict.fromkeys(range(1, V - 4, 3), -np.inf), **options.get("logit_bias", {1: -np.inf})}
+    forbidden = {*range(0, V, 3), *(i for i, value in bias.items() if value == -np.inf)}
+    request = WAYS[way] | options | {"logit_bias": bias}
+    sampler = Sampler(GenerationConfig(**request), [1, 2], np.random.default_rng(0))
+    for token_id in [2, 5, 5, *[2] * 300]:
+        sampler.push(token_id)
+    other = filtered_distribution(np.zeros(V, np.float32), GenerationConfig(temperature=1.0))
+    for _ in range(40):
+        made = sampler.distribution(logits)
+        drawn = [made.sample(sampler.random), made.residual(other).sample(sampler.random)]
+        assert not forbidden & set(drawn)
+        sampler.push(drawn[0])
+
+
+def test_logprobs_name_no_impossible_token():
+    """JSON has no -inf, and a token that cannot occur is not among the most likely ones."""
+    own, top = top_logprobs(np.array([-np.inf, 1, -np.inf, 1], np.float32), 1, 4)
+    assert own == pytest.approx(np.log(0.5))
+    assert top == [(1, pytest.approx(np.log(0.5))), (3, pytest.approx(np.log(0.5)))]

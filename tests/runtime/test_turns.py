@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from edge_runtime.api import EdgeLLM
 from edge_runtime.errors import ConfigError
 from edge_runtime.stream import TextStream
+from edge_runtime.turns import IDLE_S
 from tests.runtime.fakes import blended_table, make_engine, make_llm, random_table
 
 TIMEOUT_S = 20.0
@@ -248,3 +250,182 @@ def test_exhausted_stream_stays_exhausted(llm):
     assert in_thread(lambda: (list(stream), stream.finish()))() == ([], result)
     asked.set()
     assert holding()
+
+
+# --- a turn is lost by who does not use it --------------------------------------------------------------------------
+
+
+def test_a_reader_that_fails_and_keeps_its_exception_holds_nobody(llm, answers):
+    """As a `Future` does: exception, traceback, frame and half-read stream lived on, and all others waited for ever."""
+    kept = []
+
+    def fail() -> bool:
+        try:
+            for _ in llm.stream(PROMPTS[0], **OPTIONS):
+                raise ValueError("the reader's own")
+        except ValueError as error:
+            kept.append(error)
+        return True
+
+    assert in_thread(fail)()
+    assert in_thread(lambda: llm.generate(PROMPTS[1], **OPTIONS).text)() == answers[PROMPTS[1]]
+    assert kept
+
+
+def test_a_with_statement_closes_the_stream_however_its_reader_leaves(llm, answers):
+    with pytest.raises(ValueError, match="the reader's own"), llm.stream(PROMPTS[0], **OPTIONS) as stream:
+        next(stream)
+        raise ValueError("the reader's own")
+    assert list(stream) == []
+    assert stream.result.finish_reason == "cancelled"
+    begun = time.perf_counter()
+    assert in_thread(lambda: llm.generate(PROMPTS[1], **OPTIONS).text)() == answers[PROMPTS[1]]
+    assert time.perf_counter() - begun < IDLE_S
+
+
+def test_a_slow_reader_gives_way_and_still_gets_its_text(llm, answers):
+    stream = llm.stream(PROMPTS[0], **OPTIONS)
+    begun = read(stream, 3)
+    assert in_thread(lambda: llm.generate(PROMPTS[1], **OPTIONS).text)() == answers[PROMPTS[1]]
+    begun += read(stream, 3)
+    assert in_thread(lambda: llm.generate(PROMPTS[2], **OPTIONS).text)() == answers[PROMPTS[2]]
+    assert begun + "".join(chunk.text for chunk in stream) == answers[PROMPTS[0]]
+
+
+def test_a_quick_reader_keeps_its_turn(llm):
+    """Whatever others wait: its sequence is read once."""
+    prompt = "abcdefghijklmnopqrstuvwx"
+    stream = llm.stream(prompt, **OPTIONS)
+    read(stream, 1)
+    waiting = [in_thread(lambda: llm.generate(PROMPTS[1], **OPTIONS)) for _ in range(3)]
+    forwards: list[int] = []
+    llm.engine.target.model.on_forward = lambda ids: forwards.append(len(ids))
+    for _ in stream:
+        pass
+    assert max(forwards[:10]) <= 1 + OPTIONS["num_draft_tokens"]
+    for result in waiting:
+        result()
+
+
+def test_requests_are_answered_in_the_order_in_which_they_came(llm):
+    """Whoever was quickest got the next turn: 99 in 100 of 8 threads waited up to 65 s where 10 s would be fair."""
+    order = []
+    stream = llm.stream(PROMPTS[0], **OPTIONS)
+    read(stream, 1)
+    results = []
+    for number in range(8):
+        results.append(in_thread(lambda n=number: (llm.generate(PROMPTS[1], max_new_tokens=2), order.append(n))))
+        wait_until(lambda n=number: len(llm.turns._waiting) == n + 1)
+    stream.close()
+    for result in results:
+        result()
+    assert order == list(range(8))
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    end = time.perf_counter() + TIMEOUT_S
+    while not is_so():
+        assert time.perf_counter() < end, "it never comes"
+        time.sleep(0.001)
+
+
+# --- any thread, at any time ----------------------------------------------------------------------------------------
+
+
+class Held:
+    """Holds a model in the middle of its next forward, and counts how many are in one at once."""
+
+    def __init__(self, llm: EdgeLLM) -> None:
+        self.is_in, self.may_go = threading.Event(), threading.Event()
+        self.most = self._now = 0
+        llm.engine.target.model.on_forward = self._forward
+
+    def _forward(self, token_ids: list[int]) -> None:
+        self._now += 1
+        self.most = max(self.most, self._now)
+        self.is_in.set()
+        assert self.may_go.wait(TIMEOUT_S)
+        self._now -= 1
+
+
+@pytest.mark.parametrize("end", [TextStream.close, TextStream.cancel])
+def test_a_stream_ended_by_another_thread_computes_its_token_to_the_end(llm, answers, end):
+    """The turn was given away under it: "Infer Request is busy" for others, "generator already executing" for this."""
+    stream, held = llm.stream(PROMPTS[0], **OPTIONS), Held(llm)
+    text = in_thread(lambda: "".join(chunk.text for chunk in stream))
+    assert held.is_in.wait(TIMEOUT_S)
+    end(stream)
+    others = [in_thread(lambda p=prompt: llm.generate(p, **OPTIONS).text) for prompt in PROMPTS[1:]]
+    wait_until(lambda: len(llm.turns._waiting) == len(others))
+    time.sleep(2 * IDLE_S)
+    held.may_go.set()
+    assert text() == stream.result.text
+    assert stream.result.finish_reason == "cancelled"
+    assert len(stream.result.token_ids) <= 1
+    assert [other() for other in others] == [answers[prompt] for prompt in PROMPTS[1:]]
+    assert held.most == 1
+
+
+def test_a_second_reader_is_refused_and_harms_nobody(llm, answers):
+    stream, held = llm.stream(PROMPTS[0], **OPTIONS), Held(llm)
+    text = in_thread(lambda: "".join(chunk.text for chunk in stream))
+    assert held.is_in.wait(TIMEOUT_S)
+    for _ in range(3):
+        with pytest.raises(ConfigError, match="asked for a chunk while it computes one"):
+            next(stream)
+    held.may_go.set()
+    assert text() == answers[PROMPTS[0]]
+    assert llm.generate(PROMPTS[1], **OPTIONS).text == answers[PROMPTS[1]]
+
+
+def test_a_reader_within_its_own_callback_is_refused(llm, answers):
+    refused = []
+
+    def nested(done: int, wanted: int) -> None:
+        with pytest.raises(ConfigError, match="asked for a chunk while it computes one") as caught:
+            next(stream)
+        refused.append(caught.value)
+
+    stream = llm.stream(PROMPTS[0], on_prefill=nested, **OPTIONS)
+    assert stream.finish().text == answers[PROMPTS[0]]
+    assert refused
+
+
+def test_a_request_that_waits_for_its_turn_can_be_cancelled(llm):
+    stream, held = llm.stream(PROMPTS[0], **OPTIONS), Held(llm)
+    computing = in_thread(stream.finish)
+    assert held.is_in.wait(TIMEOUT_S)
+    other = llm.stream(PROMPTS[1], **OPTIONS)
+    waiting = in_thread(other.finish)
+    wait_until(lambda: bool(llm.turns._waiting))
+    other.cancel()
+    assert (waiting().token_ids, other.result.finish_reason) == ([], "cancelled")
+    held.may_go.set()
+    assert computing().finish_reason == "length"
+
+
+def test_closing_and_reading_at_once_never_fails(llm, answers):
+    """Forty rounds of readers, closers and a third who asks: who asks is answered, none sees an error but ours."""
+    for _ in range(40):
+        stream = llm.stream(PROMPTS[0], **OPTIONS)
+        readers = [in_thread(lambda s=stream: read_or_be_refused(s)) for _ in range(2)]
+        closer = in_thread(lambda s=stream: s.close() or True)
+        assert in_thread(lambda: llm.generate(PROMPTS[1], **OPTIONS).text)() == answers[PROMPTS[1]]
+        assert [reader() for reader in readers] == [True, True]
+        assert closer()
+        assert answers[PROMPTS[0]].startswith(stream.result.text)
+
+
+def read_or_be_refused(stream: TextStream) -> bool:
+    while True:
+        try:
+            return all(chunk.text is not None for chunk in stream)
+        except ConfigError as error:
+            assert "asked for a chunk" in str(error)
+
+
+def test_warming_up_takes_a_turn(llm, answers):
+    stream = llm.stream(PROMPTS[0], **OPTIONS)
+    begun = read(stream, 3)
+    llm.warm_up()
+    assert begun + "".join(chunk.text for chunk in stream) == answers[PROMPTS[0]]

@@ -41,7 +41,7 @@ class MlpFormat:
         if self.mlp not in MLP_KINDS:
             raise ConfigError(f"mlp is {self.mlp!r}, expected {' or '.join(MLP_KINDS)}")
         if self.cats is not None and not 0 < self.cats < 1:
-            raise ConfigError(f"cats is {self.cats:g}, expected a share between 0 and 1", "for example --cats 0.5")
+            raise ConfigError(f"cats is {self.cats:g}, expected a fraction between 0 and 1", "for example --cats 0.5")
         if self.cats_method not in CATS_METHODS:
             raise ConfigError(f"cats_method is {self.cats_method!r}, expected {' or '.join(CATS_METHODS)}")
 
@@ -58,18 +58,16 @@ class MlpFormat:
         method = None if self.cats is None else self.cats_method
         return MlpFacts(kind="fused", activation_sparsity=self.cats, method=method)
 
-    def check(self, weights: str, group_size: int, calibration_text: str | Path | None) -> None:
-        """Raise ConfigError where the other options of the export do not fit."""
+    def check_weights(self, weights: str) -> None:
+        """Raise ConfigError where the op does not hold such weights."""
         if self.is_fused and weights not in ("bf16", "int8", "int4"):
-            raise ConfigError(f"weights are {weights}, fused MLPs need bf16, int8 or int4", "use --weights int8")
-        if self.is_fused and weights == "int4" and group_size != -1 and group_size % GROUP:
+            raise ConfigError(f"weights is {weights}, but fused MLPs need bf16, int8 or int4", "use --weights int8")
+
+    def check_calibration(self, text: str | Path | None) -> None:
+        """Raise ConfigError where thresholds are to be found and there is no text."""
+        if self.cats is not None and text is None:
             raise ConfigError(
-                f"group_size is {group_size}, fused MLPs need a multiple of {GROUP}, or -1",
-                f"use --group-size {GROUP}, or export without --mlp fused",
-            )
-        if self.cats is not None and calibration_text is None:
-            raise ConfigError(
-                "cats needs a text to find its thresholds on, and none was given",
+                "cats needs a calibration text to find its thresholds on, and none is given",
                 "add --calibration-text FILE, a text like what the model will read",
             )
 

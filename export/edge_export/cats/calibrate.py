@@ -250,7 +250,7 @@ def _gated_mlps(model: torch.nn.Module) -> list[_GatedMlp]:
     """
     found = [mlp for mlp in map(_gated_mlp, model.modules()) if mlp]
     if not found:
-        raise ExportError("the model has no gated MLP that cats knows", "export without --cats")
+        raise ExportError("cats supports gated MLPs with SiLU or GELU, and the model has none", "export without --cats")
     return found
 
 

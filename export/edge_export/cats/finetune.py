@@ -65,6 +65,9 @@ class CatsAdaptation:
         names = ("cats", "method", "rank", "alpha", "dropout", "loss_name")
         return {name: getattr(self, name) for name in names}
 
+    def check_early(self, config: dict[str, Any]) -> None:
+        """Do nothing, as `check`."""
+
     def check(self, config: Any, window: int | None) -> None:
         """Do nothing: any gated MLP will do, which the loaded model shows."""
 
@@ -80,7 +83,7 @@ class CatsAdaptation:
         self.thresholds = read_thresholds(work)[2]
         names = [name for name in TARGETS if any(module.endswith(name) for module, _ in model.named_modules())]
         if not names:
-            raise ExportError(f"the model has none of {', '.join(TARGETS)}, which recovery trains")
+            raise ExportError(f"the model has none of {', '.join(TARGETS)}, which train cats adapts")
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=names, task_type="CAUSAL_LM"
         )

@@ -77,13 +77,15 @@ def _check_count(model: ov.Model, found: int, thresholds: Thresholds | None) -> 
     if found == 0 or found < layers:
         raise ExportError(f"a gated MLP of SiLU or GELU was found in {found} of {layers} layers", HINT)
     if thresholds is not None and len(thresholds) != found:
-        raise ExportError(f"thresholds are for {len(thresholds)} MLPs, the graph has {found}", HINT)
+        raise ExportError(f"there are thresholds for {len(thresholds)} MLPs, but the graph has {found}", HINT)
 
 
 def _check_thresholds(down: Any, mlp: GatedMlp, limits: NDArray[np.float32]) -> None:
     neurons = len(mlp.gate.values)
     if limits.shape not in ((1,), (neurons,)):
-        raise ExportError(f"layer {_module_name(down)} has {neurons} neurons and thresholds {limits.shape}", HINT)
+        raise ExportError(
+            f"layer {_module_name(down)} has {neurons} neurons, but thresholds of shape {limits.shape}", HINT
+        )
 
 
 def _gated_input(down: Any) -> tuple[str, Any, Any] | None:
@@ -139,7 +141,10 @@ def _check_sizes(mlp: GatedMlp) -> None:
     if len({mlp.gate.format, mlp.up.format, mlp.down.format}) > 1:
         raise ValueError("its matrices have different numbers of bits")
     if mlp.up.values.shape != (ffn, hidden) or mlp.down.values.shape != (hidden, ffn):
-        raise ValueError(f"sizes are {mlp.gate.values.shape}, {mlp.up.values.shape} and {mlp.down.values.shape}")
+        raise ValueError(
+            f"its matrices have the shapes {mlp.gate.values.shape}, {mlp.up.values.shape} and "
+            f"{mlp.down.values.shape}, which do not match"
+        )
 
 
 def _projection(value: Any) -> _Projection:

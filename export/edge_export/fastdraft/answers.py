@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from edge_export.corpus import Windows
 from edge_export.fastdraft.losses import WRITTEN
+from edge_runtime import strict_json
 from edge_runtime.devices import check_device
 from edge_runtime.errors import ConfigError
 
@@ -109,7 +110,7 @@ def write_answers(
         for answer in answers:
             if answer["index"] < len(done):
                 continue
-            file.write(json.dumps(answer) + "\n")
+            file.write(strict_json.dumps(answer) + "\n")
             file.flush()
             num_tokens += len(answer["answer_ids"])
             if on_answer:
@@ -163,7 +164,9 @@ def check_writes_on(device: str) -> None:
         ConfigError: It is an NPU, which computes one sequence at a time.
     """
     if check_device(device).startswith("NPU"):
-        raise ConfigError(f"device is {device}, answers are written on CPU or GPU", "leave out --device")
+        raise ConfigError(
+            f"device is {device}, but the target can write its answers only on CPU or GPU", "leave out --device"
+        )
 
 
 _config: AnswerConfig
@@ -330,7 +333,8 @@ def answer_windows(answers: Path, length: int, end_of_text: int, top: int) -> tu
     count = len(ids) // length
     if count == 0:
         raise ConfigError(
-            f"the answers have {len(ids)} tokens, a window has {length}", "write more answers, or a shorter --window"
+            f"the answers have {len(ids)} tokens, but a window needs {length}",
+            "write more answers, or a shorter --window",
         )
     windows = ids[: count * length].reshape(count, length)
     first = np.sort(np.unique(windows, axis=0, return_index=True)[1])

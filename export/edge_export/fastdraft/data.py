@@ -111,5 +111,5 @@ def read_prompts(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts `{path}` cannot be read: {error}", "give a UTF-8 file, `text` or `self`") from error
     if not prompts:
-        raise ConfigError(f"prompts `{path}` holds no prompt", "give one a line")
+        raise ConfigError(f"prompts `{path}` holds no prompt", "write one prompt per line")
     return prompts

@@ -78,10 +78,14 @@ class DraftRecipe:
             if stage not in STAGES:
                 raise ConfigError(f"stage is {stage!r}, expected one of {', '.join(STAGES)}")
         if "pretrain" in self.stages and not self.text:
-            raise ConfigError("the stage pretrain has no text", "give --text FILE…, or leave it out: --stages align")
+            raise ConfigError(
+                "stage pretrain needs a text, and none is given",
+                "add --text FILE, or skip the stage with --stages align",
+            )
         if "align" in self.stages and self.prompts == TEXT_PROMPTS and not (self.text or self.code):
             raise ConfigError(
-                "the target has no texts to continue", "give --text FILE…, --prompts FILE or --prompts self"
+                "prompts is text, but no text is given for the target to continue",
+                "add --text FILE, --prompts FILE or --prompts self",
             )
         for name in ("size", "answer_tokens", "max_new_tokens", "window", "max_tokens", "top", "latency_share"):
             value = getattr(self, name)

@@ -56,8 +56,8 @@ def draft_config(
     if width < WIDTH_STEP:
         least = count_parameters(WIDTH_STEP, 1, vocab_size, tie_embeddings)
         raise ConfigError(
-            f"{num_parameters:,.0f} parameters do not hold a vocabulary of {vocab_size:,}",
-            f"the smallest draft for it has {least:,}",
+            f"{num_parameters:,.0f} parameters are too few for a vocabulary of {vocab_size:,}",
+            f"the smallest draft for this vocabulary has {least:,} parameters",
         )
     head_dim = next(dim for dim in HEAD_DIMS if width % dim == 0)
     return LlamaConfig(

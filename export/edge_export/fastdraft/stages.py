@@ -10,6 +10,7 @@ The last stage's model is the draft.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -32,11 +33,14 @@ from edge_export.quiet import quiet
 from edge_export.record import check_same, plain, write_json
 from edge_export.staging import disk_full_is_said
 from edge_export.train import LOG, Loss, Progress, TrainConfig, best_precision, next_token_loss, processes, train
+from edge_runtime import strict_json
 from edge_runtime.errors import ConfigError
+from edge_runtime.outputs import check_apart, check_output, claimed
 
+WORK, RECIPE = "stages", "recipe.json"
 MAY_CHANGE = ("stages", "device", "start")
 """Options that may differ between the runs of one training."""
-HINT = "give the same options to go on with it, or another output folder"
+HINT = "give the same options to resume it, or another output folder"
 
 
 def train_draft(recipe: DraftRecipe, out: Path, on_progress: OnProgress = lambda *_: None) -> Path | None:
@@ -56,15 +60,32 @@ def train_draft(recipe: DraftRecipe, out: Path, on_progress: OnProgress = lambda
         ModelPairError: The draft to start from has another vocabulary.
         ExportError: The disk is full; what was saved before is whole.
     """
-    with disk_full_is_said(out):
+    given = None if recipe.prompts in (OWN_PROMPTS, TEXT_PROMPTS) else recipe.prompts
+    check_apart(
+        out, target=recipe.target, draft_to_start_from=recipe.start, text=recipe.text, code=recipe.code, prompts=given
+    )
+    place = _check_folder(out)
+    is_main = processes().is_main_process
+    with disk_full_is_said(out), claimed(place / WORK) if is_main else contextlib.nullcontext():
         return _Training(recipe, out, on_progress).run()
+
+
+def _check_folder(out: Path) -> Path:
+    """Return the folder of a draft, links followed; refuse one that holds something else than a draft of ours."""
+    if out.is_dir() and any(path.name != WORK for path in out.iterdir()):
+        if not (out / WORK / RECIPE).is_file():
+            raise ConfigError(
+                f"output `{out}` holds files that `edge-run train draft` did not write", "give another folder"
+            )
+        return out.resolve()
+    return out.resolve() if (out / WORK).is_dir() else check_output(out)
 
 
 class _Training:
     """One recipe at work in one folder."""
 
     def __init__(self, recipe: DraftRecipe, out: Path, on_progress: OnProgress) -> None:
-        self._recipe, self._out, self._work = recipe, out, out / "stages"
+        self._recipe, self._out, self._work = recipe, out, out / WORK
         self._processes = processes()
         self._is_main = self._processes.is_main_process
         self._on_progress: OnProgress = on_progress if self._is_main else lambda *_: None
@@ -73,7 +94,7 @@ class _Training:
         if self._is_main:
             self._work.mkdir(parents=True, exist_ok=True)
             told = {name: value for name, value in plain(self._recipe).items() if name not in MAY_CHANGE}
-            check_same(told, self._work / "recipe.json", HINT)
+            check_same(told, self._work / RECIPE, HINT)
         self._target = self._open_target()
         self._text = TrainingText(
             self._recipe, self._target, self._work, is_main=self._is_main, on_progress=self._on_progress
@@ -100,9 +121,9 @@ class _Training:
         target = open_target(recipe.target, self._work)
         context = target.manifest.context_length
         if recipe.window and context and recipe.window > context:
-            raise ConfigError(f"window is {recipe.window}, the target's context holds {context}")
+            raise ConfigError(f"window is {recipe.window}, expected at most the target's context of {context} tokens")
         if recipe.chat and not target.has_chat_template:
-            raise ConfigError("the target has no chat template", "leave out --chat: prompts are plain text then")
+            raise ConfigError("the target has no chat template", "leave out --chat to send the prompts as plain text")
         return target
 
     def _run_stage(self, stage: str) -> None:
@@ -164,7 +185,7 @@ class _Training:
 
         def choose(path: Path) -> None:
             shape = auto_shape(target, recipe.latency_share, recipe.num_layers, **fixed)
-            path.write_text(json.dumps(dataclasses.asdict(shape), indent=2) + "\n", encoding="utf-8")
+            path.write_text(strict_json.dumps(dataclasses.asdict(shape), indent=2) + "\n", encoding="utf-8")
 
         if recipe.size is not None:
             return draft_config(num_parameters=recipe.size, num_layers=recipe.num_layers, **fixed)
@@ -210,20 +231,27 @@ class _Training:
 
         done = [self._work / stage for stage in STAGES if (self._work / stage / "model").is_dir()]
         if not done:
-            raise ConfigError("no stage was run, so there is no draft", "name stages that have data")
+            raise ConfigError(
+                "no stage was run, so there is no draft", "choose --stages for which text or prompts are given"
+            )
         self._on_progress("export", 0, 1, "")
+        draft = self._work / "finished" / self._out.resolve().name
+        draft.mkdir(parents=True, exist_ok=True)
         for path in (done[-1] / "model").iterdir():
-            shutil.copyfile(path, self._out / path.name)
-        self._target.copy_tokenizer(self._out)
+            shutil.copyfile(path, draft / path.name)
+        self._target.copy_tokenizer(draft)
+        export_model(draft, self._out / "openvino", weights="int8", overwrite=True)
+        for path in draft.iterdir():
+            os.replace(path, self._out / path.name)
+        shutil.rmtree(draft.parent)
         record = {"recipe": plain(self._recipe), "stages": {folder.name: _summary(folder) for folder in done}}
         write_json(self._out / "training.json", record)
-        export_model(self._out, self._out / "openvino", weights="int8", overwrite=True)
         self._on_progress("export", 1, 1, "")
 
 
 def _summary(stage: Path) -> dict[str, Any]:
-    """Return a finished stage's updates and its mean loss over the last of them."""
+    """Return a finished stage's updates and its mean loss over the last of them; None where one was not finite."""
     lines = (stage / LOG).read_text(encoding="utf-8").splitlines()
     by_step = {entry["step"]: entry["loss"] for entry in map(json.loads, lines)}  # a kill makes a step come again
     losses = list(by_step.values())[-20:]
-    return {"updates": max(by_step), "loss": round(sum(losses) / len(losses), 4)}
+    return {"updates": max(by_step), "loss": None if None in losses else round(sum(losses) / len(losses), 4)}

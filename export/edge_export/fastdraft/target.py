@@ -89,7 +89,7 @@ class Target:
         """
         if config.vocab_size != self.vocab_size:
             raise ModelPairError(
-                f"draft `{where}` has a vocabulary of {config.vocab_size}, the target's is {self.vocab_size}",
+                f"draft `{where}` has a vocabulary of {config.vocab_size}, but the target's has {self.vocab_size}",
                 "start from a draft of this target, or from none",
             )
 
@@ -110,7 +110,9 @@ def open_target(name: str, work: Path) -> Target:
             export_model(name, folder, weights="int8")
     manifest = load_manifest(folder)
     if manifest.vocab_size is None:
-        raise ModelFormatError(f"`{folder}` does not say how large its vocabulary is", "export the target again")
+        raise ModelFormatError(
+            f"`{folder}` has no vocabulary size in its manifest or config.json", "export the target again"
+        )
     if not (folder / TOKENIZER_NAME).is_file():
         raise ConfigError(f"target `{name}` has no {TOKENIZER_NAME}", "copy it from the original model")
     return Target(folder=folder, manifest=manifest, config=read_json(folder / "config.json"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_export.corpus import Windows
-from edge_export.hybrid.patterns import check_fits, of_config, parse_pattern, shape_of
+from edge_export.hybrid.patterns import check_fits, check_words, of_config, parse_pattern, shape_of
 from edge_export.hybrid.torch_attention import use_pattern
 from edge_export.train import next_token_loss
 from edge_runtime.attention import AttentionPattern
@@ -50,6 +50,14 @@ class HybridAdaptation:
             "is_from_scratch": self.is_from_scratch,
         }
 
+    def check_early(self, config: dict[str, Any]) -> None:
+        """Refuse a pattern that config.json shows not to fit.
+
+        Raises:
+            ConfigError: Its words are not known, or its layers or heads are not the model's.
+        """
+        check_words(self.attention, config)
+
     def check(self, config: Any, window: int | None) -> None:
         """Refuse what a model of this transformers config, trained on windows of this length, cannot have.
 
@@ -59,12 +67,16 @@ class HybridAdaptation:
         """
         pattern, context = self._pattern(config), self.context or config.max_position_embeddings
         if (natural := of_config(config)) is not None and natural != pattern:
-            raise ConfigError("the model's layers see a part of the context already", "start from a dense model")
+            raise ConfigError("the model already has an attention pattern", "start from a dense model")
         if window is not None and window > context:
-            raise ConfigError(f"window is {window} tokens, the context {context}", "give a longer --context")
+            raise ConfigError(
+                f"window is {window} tokens, expected at most the context of {context}", "give a longer --context"
+            )
         kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         if (context > config.max_position_embeddings or self.rope_theta) and kind != "default":
-            raise ConfigError(f"the model's rope is {kind}, expected the default one", "give a model without scaling")
+            raise ConfigError(
+                f"the model uses {kind} RoPE scaling, which training does not support", "use a model without it"
+            )
 
     def _pattern(self, config: Any) -> AttentionPattern:
         layers, _, kv_heads = shape_of(config)

@@ -57,11 +57,26 @@ def parse_pattern(words: str, num_layers: int, num_kv_heads: int) -> AttentionPa
             raise ConfigError(f"attention {name} is `{value}`, expected a whole number", f"write {name}=64")
         options["block_size" if name == "block" else names[name]] = int(value)
     if kind == "window" and "window" not in options:
-        raise ConfigError("attention window has no size", "write window:window=4096")
+        raise ConfigError("attention pattern `window` needs a size", "for example window:window=4096")
     made = make(num_layers, num_kv_heads, **options)
     if all(layer.is_full for layer in made.patterns):
         raise ConfigError(f"attention {words} leaves all {num_layers} layers full", "make fewer of them full")
     return made
+
+
+def check_words(words: str, config: dict[str, Any]) -> None:
+    """Refuse what `parse_pattern` would, as far as the content of a config.json shows it, before torch is imported.
+
+    Raises:
+        ConfigError: The pattern is not known, or does not fit the model.
+    """
+    text = config.get("text_config") or config
+    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    sizes = [int(text[name]) for name in names if isinstance(text.get(name), int)]
+    if len(sizes) == len(names):  # what a config.json leaves out, its class knows
+        layers, heads, kv_heads = sizes
+        for layer in parse_pattern(words, layers, kv_heads).patterns:
+            layer.check(heads, kv_heads)
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -114,7 +129,7 @@ def check_fits(pattern: AttentionPattern, config: Any) -> None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if len(pattern.layers) != text.num_hidden_layers:
         raise ConfigError(
-            f"attention is for {len(pattern.layers)} layers, the model has {text.num_hidden_layers}",
+            f"the attention pattern has {len(pattern.layers)} layers, but the model has {text.num_hidden_layers}",
             "give the pattern again with --attention",
         )
     heads, kv_heads = shape_of(config)[1:]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_export.hybrid.patterns import CONFIG_ENTRY
+from edge_runtime import strict_json
 from edge_runtime.attention import AttentionPattern, LayerPattern
 
 if TYPE_CHECKING:
@@ -87,9 +88,7 @@ def _attend(
 
 
 def _pattern_of(config: Any) -> AttentionPattern:
-    import json
-
-    return _parsed(json.dumps(getattr(config, CONFIG_ENTRY)))
+    return _parsed(strict_json.dumps(getattr(config, CONFIG_ENTRY)))
 
 
 @lru_cache(maxsize=8)
