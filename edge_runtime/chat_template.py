@@ -124,8 +124,8 @@ class _CompiledTemplate:
         return [self._adapt(i, message) for i, message in enumerate(messages)]
 
     def _adapt(self, i: int, message: Message) -> Mapping[str, Any]:
-        content = message.get("content")
         self._check_role(message["role"])
+        content = message.get("content")
         if content is None and "tool_calls" not in self._source:
             raise ConfigError(
                 f"message {i} has tool calls in place of a text, which the model's chat template does not know",
@@ -137,10 +137,10 @@ class _CompiledTemplate:
             return {**message, "content": "\n".join(part["text"] for part in content)}
         return message
 
-    def _check_role(self, role: str) -> None:
+    def _check_role(self, role: Any) -> None:
         """Refuse a role that most templates would render as it is, misspelt or not, and the model has never seen."""
-        if role not in ROLES and not re.search(rf"(['\"]){re.escape(role)}\1", self._source):
-            near = difflib.get_close_matches(role, ROLES, n=1)
+        if role not in ROLES and not re.search(rf"(['\"]){re.escape(str(role))}\1", self._source):
+            near = difflib.get_close_matches(str(role), ROLES, n=1)
             hint = f"did you mean `{near[0]}`?" if near else "a role of the model's own must stand in its chat template"
             raise ConfigError(f"a message has role {role!r:.60}, expected one of {', '.join(ROLES)}", hint)
 
@@ -167,11 +167,13 @@ class _CompiledTemplate:
 
 
 def _check_message(i: int, message: Any) -> None:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+    if not isinstance(message, Mapping) or "role" not in message:
         raise ConfigError(f"message {i} is {message!r:.60}, expected a dictionary with role and content")
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         return
+    if content is None:
+        raise ConfigError(f"message {i} is {message!r:.60}, expected a dictionary with role and content")
     if isinstance(content, (list, tuple)):
         for part in content:
             _check_part(i, part)

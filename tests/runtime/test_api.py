@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.api import EdgeLLM
-from edge_runtime.chat_template import ROLES
+from edge_runtime.chat_template import ROLES, ChatTemplate
 from edge_runtime.config import GenerationConfig, LoadConfig
 from edge_runtime.errors import ConfigError, ContextOverflowError, LogitsError
 from edge_runtime.stream import GenerationResult
@@ -175,9 +175,8 @@ def test_known_role_is_the_templates_to_refuse(llm, role):
 
 def test_role_that_the_template_names_is_passed_on(tmp_path):
     llm = make_llm(tmp_path, make_engine(TARGET))
-    llm.tokenizer._template = (
-        "{% for m in messages %}{% if m.role == 'ipython' %}{{ m.content }}{% endif %}{% endfor %}"
-    )
+    template = "{% for m in messages %}{% if m.role == 'ipython' %}{{ m.content }}{% endif %}{% endfor %}"
+    llm.tokenizer._template = ChatTemplate(tmp_path, {"chat_template": template})
     assert llm.chat([{"role": "ipython", "content": "abc"}], max_new_tokens=3).token_ids
 
 
