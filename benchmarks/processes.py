@@ -17,26 +17,19 @@ from pathlib import Path
 
 from measure import interleave, machine, report
 
-from edge_runtime import EdgeLLM, paged_model
+from edge_runtime import EdgeLLM
 from edge_runtime.demo import demo_target
 
 CONTEXT, REPEATS = 64, 300
-VARIANTS = {"edge-run's": {}, "OpenVINO's default": {"ENABLE_CPU_PINNING": True}}
-
-
-def load(folder: Path, properties: dict[str, bool]) -> EdgeLLM:
-    """Load a model on one thread, with some properties instead of edge-run's own."""
-    original = paged_model.compile_properties
-    paged_model.compile_properties = lambda *args: {**original(*args), **properties}
-    try:
-        return EdgeLLM.load(folder, num_threads=1)
-    finally:
-        paged_model.compile_properties = original
+VARIANTS: dict[str, dict[str, bool]] = {"edge-run's": {}, "OpenVINO's default": {"ENABLE_CPU_PINNING": True}}
 
 
 def token_ms(folder: Path) -> dict[str, float]:
     """Return the median milliseconds of a token, by variant."""
-    models = {name: load(folder, properties).engine.target for name, properties in VARIANTS.items()}
+    models = {
+        name: EdgeLLM.load(folder, num_threads=1, properties=properties).engine.target
+        for name, properties in VARIANTS.items()
+    }
 
     def forward_ms(name: str) -> float:
         models[name].rollback(CONTEXT)

@@ -92,10 +92,16 @@ class EdgeLLM:
         return cls(Engine(target, drafter), tokenizer.result(), manifest, time.perf_counter() - started)
 
     @property
+    def models(self) -> dict[str, dict[str, Any]]:
+        """How `target`, and `draft` where there is one, really run: arithmetic and why, keys and values, threads."""
+        target = dict(getattr(self.engine.target.model, "properties", {}))
+        drafter = self.engine.drafter
+        return {"target": target} | ({"draft": drafter.properties} if isinstance(drafter, DraftModel) else {})
+
+    @property
     def mlp(self) -> str | None:
         """In which form the target's fused MLPs run, and why; None where it has none."""
-        properties: dict[str, Any] = getattr(self.engine.target.model, "properties", {})
-        return properties.get("mlp")
+        return self.models["target"].get("mlp")
 
     def warm_up(self) -> None:
         """Prepare the target's weights for its first run, where there is time between loading and the first request."""

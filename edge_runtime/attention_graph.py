@@ -16,8 +16,9 @@ from openvino import opset13
 
 import ov_kernels
 from edge_runtime.attention import FULL, AttentionPattern, LayerPattern
+from edge_runtime.compile_plan import kv_precision
 from edge_runtime.config import LoadConfig
-from edge_runtime.devices import core, kv_precision
+from edge_runtime.devices import core
 from edge_runtime.errors import ConfigError, DeviceError, ExtensionError, ModelFormatError
 from edge_runtime.paged_graph import STOCK_OP, attention_ops
 

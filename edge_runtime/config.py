@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, Self
 
+from edge_runtime.device_properties import check_properties
 from edge_runtime.errors import ConfigError
 
 PRECISIONS = ("auto", "f32", "bf16", "f16")
@@ -87,6 +88,9 @@ class LoadConfig(KeywordOptions):
             `stock` is OpenVINO's PagedAttention, which always holds everything. `auto` takes ours for models exported
             with a pattern, and for others where it is faster: all but small ones.
         cache_dir: Where compiled models are kept between runs; None for nowhere.
+        properties: OpenVINO's own properties of the target by name, such as `{"ENABLE_CPU_PINNING": False}`. They win
+            over ours; those that another option sets, or that right answers rest on, are refused.
+        draft_properties: The same for the draft. None takes `properties` where both run on one device, else nothing.
     """
 
     device: str = "CPU"
@@ -101,6 +105,8 @@ class LoadConfig(KeywordOptions):
     mlp: str = "auto"
     attention: str = "auto"
     cache_dir: str | os.PathLike[str] | None = None
+    properties: dict[str, Any] = field(default_factory=dict)
+    draft_properties: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _name("device", self.device)
@@ -122,6 +128,9 @@ class LoadConfig(KeywordOptions):
                 raise ConfigError(f"npu_step_tokens is {self.npu_step_tokens}, expected 1 or a multiple of 8")
         if self.cache_dir is not None:
             _path("cache_dir", self.cache_dir)
+        check_properties("properties", self.properties)
+        if self.draft_properties is not None:
+            check_properties("draft_properties", self.draft_properties)
         self._make_numbers_plain()
 
     def for_target(self, has_draft: bool) -> Self:
@@ -131,7 +140,10 @@ class LoadConfig(KeywordOptions):
 
     def for_draft(self) -> Self:
         """Return what the draft is compiled with."""
-        config = dataclasses.replace(self, device=self.draft_device or self.device, npu_step_tokens=1)
+        device, properties = self.draft_device or self.device, self.draft_properties
+        if properties is None:
+            properties = self.properties if device.upper() == self.device.upper() else {}
+        config = dataclasses.replace(self, device=device, npu_step_tokens=1, properties=properties)
         if not config.device.upper().startswith("NPU"):
             return config
         return dataclasses.replace(config, precision="auto", kv_precision="auto", attention="auto")

@@ -7,7 +7,7 @@ never decides what is emitted (`speculative.verify` does). It may return fewer, 
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+from typing import Any, Protocol
 
 from edge_runtime.errors import LogitsError
 from edge_runtime.model import CachedModel
@@ -52,6 +52,11 @@ class DraftModel:
         self._vocab_size = vocab_size
         self._held = 0
         self._has_failed = False
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        """How the draft really runs, for reports."""
+        return dict(getattr(self._cached.model, "properties", {}))
 
     def start(self, prompt_ids: list[int]) -> None:
         """Begin a new request; earlier turns of a chat are held already."""

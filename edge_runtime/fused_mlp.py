@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from openvino import opset13
 
 import ov_kernels
+from edge_runtime.compile_plan import activation_group_size
+from edge_runtime.compiling import compile_model
 from edge_runtime.config import LoadConfig
-from edge_runtime.devices import activation_group_size, core
 from ov_kernels.mlp_blob import BLOCK, HEADER, GatedMlp, Matrix, layout_of, pack, unpack
 
 OP_TYPE = "CatsMlp"
@@ -158,7 +159,7 @@ def _faster_form(nodes: list[Any], properties: dict[str, Any], sparsity: float) 
     sample, thresholds = _first_neurons(nodes[0])
     neurons = len(sample.gate.values)
     alone = {"fused": _fused_alone(nodes[0], sample), "stock": _stock_alone(sample, thresholds)}
-    requests = {name: core().compile_model(alone[name], "CPU", shared).create_infer_request() for name in FORMS}
+    requests = {name: compile_model(alone[name], "CPU", shared).create_infer_request() for name in FORMS}
     settle = _cache_filler([node.input_value(1).get_node().data for node in nodes])
     spent: dict[str, list[float]] = {name: [] for name in FORMS}
     for rows in TRIAL_ROWS:

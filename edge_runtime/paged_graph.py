@@ -82,17 +82,6 @@ def _keep_wanted_rows(model: ov.Model) -> None:
     model.add_parameters([rows])
 
 
-def weight_group_size(model: ov.Model) -> int | None:
-    """Return the smallest group of 4-bit weights along the input axis; None where weights have no groups."""
-    shapes = [
-        node.get_output_shape(0)
-        for node in model.get_ops()
-        if node.get_type_name() == "Constant" and node.get_output_element_type(0) in (ov.Type.u4, ov.Type.i4)
-    ]
-    sizes = [shape[2] for shape in shapes if len(shape) == 3 and shape[2] > 1]  # zero points are 4-bit too, one a group
-    return min(sizes, default=None)
-
-
 def first_line(error: Exception) -> str:
     """Return the informative line of an OpenVINO error: the last that is not a source position."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

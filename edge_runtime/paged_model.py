@@ -22,16 +22,25 @@ from numpy.typing import NDArray
 import ov_kernels
 from edge_runtime.attention_graph import kv_type, layer_heads, use_block_sparse_attention
 from edge_runtime.block_cache import BlockCache
+from edge_runtime.compile_plan import make_plan
+from edge_runtime.compiling import compile_model
 from edge_runtime.config import LoadConfig
-from edge_runtime.devices import compile_properties, core, num_threads
+from edge_runtime.devices import core
 from edge_runtime.errors import ContextOverflowError, DeviceError, ModelFormatError
 from edge_runtime.manifest import MODEL_NAME, Manifest
 from edge_runtime.model import Rows
 from edge_runtime.paged_cache import STOCK_CACHES, KvCache, StockCache
-from edge_runtime.paged_graph import LOGITS_ROWS, first_line, to_paged_attention, weight_group_size
+from edge_runtime.paged_graph import LOGITS_ROWS, first_line, to_paged_attention
+from edge_runtime.weights import weights_of
 
 UNKNOWN_CONTEXT_LENGTH = 1 << 20
 """Used where a folder does not say how long its context is."""
+_REPORTED = (
+    "INFERENCE_PRECISION_HINT",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+    "KV_CACHE_PRECISION",
+    "INFERENCE_NUM_THREADS",
+)
 GROWTH = 1.5
 """Caches grow by this factor, so that copying them costs a constant share of the work."""
 
@@ -55,17 +64,17 @@ class PagedModel:
         to_paged_attention(model)
         self.layer_heads = layer_heads(model)
         attention = use_block_sparse_attention(model, manifest.attention, device, config, weight_bytes)
-        properties = compile_properties(device, config, weight_bytes, weight_group_size(model))
-        self._mlp = choose_mlps(model, manifest, device, config, properties)
-        self._compiled = _compile(model, device, config, properties)
-        self._kv_type = kv_type(config) if attention else None
+        self._plan = make_plan(device, config, weights_of(model, weight_bytes))
+        self._mlp = choose_mlps(model, manifest, device, config, self._plan.properties)
+        self._compiled = _compile(model, device, config, self._plan.properties)
+        self._kv_type, self._added = kv_type(config) if attention else None, config.properties
         del model
         self.device = device
         self.vocab_size = int(self._compiled.output("logits").get_partial_shape()[2].get_length())
         self.context_length = manifest.context_length or UNKNOWN_CONTEXT_LENGTH
         self._request = self._compiled.create_infer_request()
         # On one thread the plugin runs in the caller's own; a hand-over to its thread would only add its wake-up time.
-        self._is_inline = device == "CPU" and num_threads(config, weight_bytes) == 1
+        self._is_inline = device == "CPU" and self._plan.num_threads == 1
         names = {name for port in self._compiled.inputs for name in port.get_names()}
         self._has_positions = "position_ids" in names
         self._attention = attention
@@ -166,12 +175,15 @@ class PagedModel:
 
     @property
     def properties(self) -> dict[str, Any]:
-        """What the plugin really uses, for reports: threads, precision of arithmetic and of keys and values."""
-        names = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "INFERENCE_NUM_THREADS")
-        values = {name.lower(): self._compiled.get_property(name) for name in names}
-        shown = {name: v.to_string() if isinstance(v, ov.Type) else v for name, v in values.items()}
+        """What the plugin really uses, for reports: arithmetic and why, keys and values, threads, added properties."""
+        names = [name for name in _REPORTED if name in self._compiled.get_property("SUPPORTED_PROPERTIES")]
+        values = {name: self._compiled.get_property(name) for name in names}
+        shown = {name.lower(): v.to_string() if isinstance(v, ov.Type) else v for name, v in values.items()}
+        if not self._plan.rounds_activations:
+            shown.pop("dynamic_quantization_group_size", None)
         ours = {"attention": "block_sparse", "kv_cache_precision": self._kv_type} if self._kv_type else {}
-        return shown | ours | ({"mlp": self._mlp} if self._mlp else {})
+        added = {"properties": self._added} if self._added else {}
+        return shown | {"reason": self._plan.reason} | ours | ({"mlp": self._mlp} if self._mlp else {}) | added
 
     def _settle(self) -> None:
         """Make good what an interrupted call left: its inference may still run, or the caches be half changed."""
@@ -274,8 +286,9 @@ def choose_mlps(
 
 def _compile(model: ov.Model, device: str, config: LoadConfig, properties: dict[str, Any]) -> ov.CompiledModel:
     try:
-        compiled = core().compile_model(model, device, properties)
+        compiled = compile_model(model, device, properties)
     except RuntimeError as error:
+        check_added_properties(error, device, config)
         raise DeviceError(
             f"{device} cannot run the model with precision {config.precision} and kv_precision "
             f"{config.kv_precision}: {first_line(error)}",
@@ -283,6 +296,16 @@ def _compile(model: ov.Model, device: str, config: LoadConfig, properties: dict[
         ) from error
     _check_precisions(compiled, device, config)
     return compiled
+
+
+def check_added_properties(error: RuntimeError, device: str, config: LoadConfig) -> None:
+    """Raise DeviceError where OpenVINO failed over a property that the user added."""
+    named = next((name for name in config.properties if name in str(error)), None)
+    if named is not None:
+        raise DeviceError(
+            f"{device} refuses property {named}={config.properties[named]}: {first_line(error)}",
+            "correct its name or value, or leave it out",
+        ) from error
 
 
 def _check_precisions(compiled: ov.CompiledModel, device: str, config: LoadConfig) -> None:

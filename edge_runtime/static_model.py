@@ -26,16 +26,22 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
+from edge_runtime.compiling import compile_model
 from edge_runtime.config import LoadConfig
-from edge_runtime.devices import device_label, npu_core, npu_properties
+from edge_runtime.devices import device_label, npu_core
 from edge_runtime.errors import ContextOverflowError, DeviceError, ModelFormatError
 from edge_runtime.manifest import Manifest
 from edge_runtime.model import Rows
+from edge_runtime.npu_plan import npu_properties
 from edge_runtime.paged_graph import first_line
-from edge_runtime.paged_model import choose_mlps, read_model
+from edge_runtime.paged_model import check_added_properties, choose_mlps, read_model
 
 MAX_CONTEXT_LENGTH = 2048
 """Context where `LoadConfig` names none: memory for all of it is taken at once, and each step reads all of it."""
+PARTITIONINGS: tuple[dict[str, Any], ...] = ({}, {"NPUW_ONLINE_KEEP_BLOCKS": 2}, {"NPUW_ONLINE_PIPELINE": "NONE"})
+"""How NPUW cuts a model into parts that repeat, in the order tried. It wants 5 repetitions by default, and fails on
+models of 3 or 4 layers with "Model references undeclared parameters"; wanting 2 compiles them. Gemma 2 in a context of
+one chunk only compiles in one piece (OpenVINO 2026.4.1)."""
 BYTES_OF_F16 = 2
 
 
@@ -63,9 +69,9 @@ class StaticModel:
         limit = config.context_length or MAX_CONTEXT_LENGTH
         self.context_length = min(manifest.context_length or limit, limit)
         self._kv_bytes = self.context_length * _kv_bytes_per_token(model)
-        self._compiled = _compile(model, device, npu_properties(config, self.context_length))
+        self._compiled = _compile(model, device, config, npu_properties(config, self.context_length))
         del model
-        self.device = device_label(device)
+        self.device, self._added = device_label(device), config.properties
         self.vocab_size = int(self._compiled.output("logits").get_partial_shape()[2].get_length())
         self.num_tokens = 0
         self._request = self._compiled.create_infer_request()
@@ -111,9 +117,15 @@ class StaticModel:
     @property
     def properties(self) -> dict[str, Any]:
         """What is really used, for reports."""
-        pipeline = str(self._compiled.get_property("NPUW_ONLINE_PIPELINE"))
-        shown = {"device": self.device, "kv_cache_precision": "f16", "npuw_online_pipeline": pipeline}
-        return shown | ({"mlp": self._mlp} if self._mlp else {})
+        return {
+            "device": self.device,
+            "inference_precision_hint": "f16",
+            "kv_cache_precision": "f16",
+            "reason": "the NPU has no other",
+            "npuw_online_pipeline": str(self._compiled.get_property("NPUW_ONLINE_PIPELINE")),
+            **({"mlp": self._mlp} if self._mlp else {}),
+            **({"properties": self._added} if self._added else {}),
+        }
 
     def _begins_anew(self, end: int, num_rows: int) -> bool:
         """Whether to compute all `end` tokens again rather than those after the ones held."""
@@ -178,20 +190,21 @@ def _kv_bytes_per_token(model: ov.Model) -> int:
     return BYTES_OF_F16 * sum(math.prod(int(d.get_length()) for d in shape if d.is_static) for shape in shapes)
 
 
-def _compile(model: ov.Model, device: str, properties: dict[str, Any]) -> ov.CompiledModel:
-    """Compile through NPUW: cut into parts that repeat, or in one piece where its partitioner fails.
-
-    It fails on many models whose context is a single chunk: Gemma 2, anything of exactly 4 layers (OpenVINO 2026.4.1).
+def _compile(model: ov.Model, device: str, config: LoadConfig, properties: dict[str, Any]) -> ov.CompiledModel:
+    """Compile through NPUW, in the first of the partitionings that succeeds.
 
     Raises:
         DeviceError: The device cannot compile the model.
     """
+    *others, last = PARTITIONINGS
     core = npu_core()
-    with contextlib.suppress(RuntimeError):
-        return core.compile_model(model, device, properties)
+    for partitioning in others:
+        with contextlib.suppress(RuntimeError):
+            return compile_model(model, device, {**partitioning, **properties}, core)
     try:
-        return core.compile_model(model, device, {**properties, "NPUW_ONLINE_PIPELINE": "NONE"})
+        return compile_model(model, device, {**last, **properties}, core)
     except RuntimeError as error:
+        check_added_properties(error, device, config)
         lacks_compiler = "compiler" in str(error) and "annot load library" in str(error)
         hint = "install Intel's NPU driver with its compiler" if lacks_compiler else "run it on CPU or GPU"
         raise DeviceError(f"{device} cannot compile the model: {first_line(error)}", hint) from error

@@ -36,6 +36,7 @@ __all__ = [
     "create",
     "explain_read_error",
     "exported",
+    "has_amx",
     "instruction_set",
     "library_path",
 ]
@@ -125,6 +126,16 @@ def instruction_set() -> str:
     function = exported("edge_kernels_isa")
     function.restype = ctypes.c_char_p
     return str(function().decode())
+
+
+def has_amx() -> bool | None:
+    """Return whether CPU and system have AMX for bf16; None where no library can tell."""
+    from edge_runtime.errors import ExtensionError  # here, since edge_runtime may import this module
+
+    try:
+        return bool(exported("edge_cpu_has_amx")())
+    except ExtensionError:
+        return None
 
 
 def attention_block_bytes(block_size: int, key_size: int, value_size: int, kv_type: str) -> int:

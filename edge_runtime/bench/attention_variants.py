@@ -16,10 +16,13 @@ import ov_kernels
 from edge_runtime.attention import AttentionPattern
 from edge_runtime.attention_graph import LayerShape, attention_op, block_bytes, cache_input, parameter
 from edge_runtime.block_cache import BlockTable
+from edge_runtime.compile_plan import make_plan
+from edge_runtime.compiling import compile_model
 from edge_runtime.config import LoadConfig
-from edge_runtime.devices import compile_properties, core
+from edge_runtime.devices import core
 from edge_runtime.paged_cache import STOCK_CACHES, StockCache, aligned_bytes
 from edge_runtime.paged_model import PagedModel
+from edge_runtime.weights import Weights
 
 KV_TYPE = "u8"
 COLD_BYTES, MOST_REPEATS = 128 << 20, 32
@@ -84,7 +87,7 @@ class OwnLayer:
             pattern, scale = case.pattern.of_layer(0), shape.key_size**-0.5
             ends.append(attention_op(ports, shape, pattern, block_size, KV_TYPE, scale).output(0))
         model = ov.Model(ends, [*tokens, *caches, *spans, table])
-        compiled = core().compile_model(model, "CPU", _properties())
+        compiled = compile_model(model, "CPU", _properties())
         self._request = compiled.create_infer_request()
         self._tokens = _Tokens(self._request, shape)
         self._past = np.zeros(1, np.int32)
@@ -143,7 +146,7 @@ class StockLayer:
             facts["k_head_size"], facts["v_head_size"] = shape.key_size, shape.value_size
             ends.append(op.output(0))
         model = ov.Model(ends, [*tokens, *(cache for pair in caches for cache in pair), *spans, longest])
-        compiled = core().compile_model(model, "CPU", _properties())
+        compiled = compile_model(model, "CPU", _properties())
         self._request = compiled.create_infer_request()
         self._tokens = _Tokens(self._request, shape)
         self._cache = StockCache(compiled, self._request, "CPU")
@@ -198,7 +201,8 @@ class WholeModel:
 
 
 def _properties() -> dict[str, Any]:
-    return compile_properties("CPU", LoadConfig(kv_precision=KV_TYPE), 1 << 40, None)
+    weights = Weights(num_bytes=1 << 40, kind="int8", has_floats=False)
+    return make_plan("CPU", LoadConfig(kv_precision=KV_TYPE), weights).properties
 
 
 def _token_inputs(shape: LayerShape) -> list[Any]:

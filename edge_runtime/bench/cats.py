@@ -223,11 +223,12 @@ def _compiled(make: Callable[[Any], Any], hidden: int, properties: dict[str, Any
     from openvino import opset13
 
     import ov_kernels
+    from edge_runtime.compiling import compile_model
     from edge_runtime.devices import core
 
     ov_kernels.add_to(core(), required=True)
     x = opset13.parameter([-1, hidden], np.float32)
-    request = core().compile_model(ov.Model([make(x.output(0))], [x]), "CPU", properties).create_infer_request()
+    request = compile_model(ov.Model([make(x.output(0))], [x]), "CPU", properties).create_infer_request()
 
     def run(values: NDArray[np.float32]) -> None:
         request.set_input_tensor(ov.Tensor(values))

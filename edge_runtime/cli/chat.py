@@ -163,7 +163,7 @@ class Conversation:
 
     def _print_stats(self, _: str) -> None:
         if self._last:
-            console.print_stats(self._last.metrics, self._llm.mlp)
+            console.print_stats(self._last.metrics, self._llm.models)
         else:
             console.note("there is no answer yet")
 

@@ -169,12 +169,12 @@ def run_with_progress(bench: Bench, unit: str, total: int) -> bool:
     return False
 
 
-def print_stats(metrics: Metrics, mlp: str | None = None) -> None:
+def print_stats(metrics: Metrics, models: dict[str, dict[str, Any]]) -> None:
     """Print what was measured of one answer, for a person.
 
     Args:
         metrics: Of the answer.
-        mlp: In which form the target's fused MLPs run; None where there are none.
+        models: How target and draft run, see `EdgeLLM.models`.
     """
     from rich.console import Console
     from rich.table import Table
@@ -182,10 +182,29 @@ def print_stats(metrics: Metrics, mlp: str | None = None) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", justify="right")
     table.add_column()
-    for name, value in [*_stats(metrics), *([("fused MLPs", mlp)] if mlp else [])]:
+    for name, value in [*_stats(metrics), *(row for item in models.items() for row in _model_stats(*item))]:
         table.add_row(name, value)
-    with _dropped_where_stderr_fails():
-        Console(stderr=True, highlight=False, markup=False).print(table)
+    Console(stderr=True, highlight=False, markup=False).print(table)
+
+
+def describe_arithmetic(properties: dict[str, Any]) -> str:
+    """Return in words how a model computes and keeps keys and values, and why."""
+    parts = [properties["inference_precision_hint"]]
+    if group := properties.get("dynamic_quantization_group_size"):
+        parts.append(f"activations rounded in groups of {group}")
+    parts.append(f"{properties['kv_cache_precision']} keys and values")
+    return f"{', '.join(parts)}: {properties['reason']}"
+
+
+def _model_stats(name: str, properties: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if "reason" in properties:
+        yield f"{name} computes in", describe_arithmetic(properties)
+    if threads := properties.get("inference_num_threads"):
+        yield f"{name} threads", str(threads)
+    if added := properties.get("properties"):
+        yield f"{name} properties", ", ".join(f"{key}={value}" for key, value in added.items())
+    if mlp := properties.get("mlp"):
+        yield f"{name} fused MLPs", mlp
 
 
 def _stats(metrics: Metrics) -> list[tuple[str, str]]:

@@ -15,6 +15,8 @@ from edge_runtime.errors import ExtensionError
 if TYPE_CHECKING:
     import openvino as ov
 
+LARGE = 1 << 30
+"""Bytes of weights that are worth every thread."""
 LIBRARIES = ("openvino", "numpy", "tokenizers", "huggingface_hub")
 
 
@@ -45,16 +47,34 @@ def _devices() -> list[dict[str, Any]]:
 
 def _choices(device: str) -> dict[str, Any]:
     """Return what OpenVINO picks for a model on this device; nothing where the device refuses to say."""
-    from edge_runtime.devices import core
+    from edge_runtime.compiling import compile_model
 
     try:
-        compiled = core().compile_model(_probe(), device, {"PERFORMANCE_HINT": "LATENCY"})
+        compiled = compile_model(_probe(), device, {"PERFORMANCE_HINT": "LATENCY"})
         picked = {"precision": compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()}
         if device.startswith("CPU"):
             picked["num_threads"] = compiled.get_property("INFERENCE_NUM_THREADS")
+            picked["auto"] = _plans(device, picked["precision"])
     except RuntimeError:
         return {}
     return picked
+
+
+def _plans(device: str, default: str) -> dict[str, dict[str, Any]]:
+    """Return how edge-run computes on the CPU by default, and why, for each kind of weights."""
+    from edge_runtime.compile_plan import make_plan
+    from edge_runtime.config import LoadConfig
+    from edge_runtime.weights import FLOATS, KINDS, Weights
+
+    plans = {}
+    for kind in KINDS:
+        plan = make_plan(device, LoadConfig(), Weights(num_bytes=LARGE, kind=kind, has_floats=kind in FLOATS))
+        names = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE", "KV_CACHE_PRECISION")
+        resolved = {"INFERENCE_PRECISION_HINT": default, **plan.properties}
+        plans[kind] = {**{name.lower(): resolved[name] for name in names}, "reason": plan.reason}
+        if not plan.rounds_activations:
+            del plans[kind]["dynamic_quantization_group_size"]
+    return plans
 
 
 def _probe() -> ov.Model:
@@ -88,6 +108,8 @@ def _print_report(report: dict[str, Any]) -> None:
         names = {"precision": "computes in", "num_threads": "threads:"}
         picked = ", ".join(f"{label} {device[name]}" for name, label in names.items() if name in device)
         print(f"{'':5} {picked or 'does not say what it picks'}")
+        for kind, plan in device.get("auto", {}).items():
+            print(f"{'':5} {kind + ' weights:':15} {console.describe_arithmetic(plan)}")
     kernels = report["kernels"]
     print(f"\nkernels: {kernels['instruction_set']} ({kernels['library' if kernels['is_loaded'] else 'problem']})")
     print(", ".join(f"{name} {number}" for name, number in report["versions"].items()))

@@ -50,7 +50,7 @@ def generate(
     else:
         console.write("\n")
     if stats:
-        console.print_stats(result.metrics, llm.mlp)
+        console.print_stats(result.metrics, llm.models)
     if result.finish_reason == "cancelled":
         raise typer.Exit(INTERRUPTED)
 
@@ -85,6 +85,7 @@ def _as_dict(result: GenerationResult, llm: EdgeLLM) -> dict[str, Any]:
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
         "metrics": result.metrics.as_dict(),
+        "models": llm.models,
     }
     if result.logprobs is not None:
         answer["logprobs"] = [_logprob(token, llm) for token in result.logprobs]

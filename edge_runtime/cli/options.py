@@ -47,6 +47,13 @@ def _biases(words: list[str]) -> dict[int, float]:
     return biases
 
 
+def _properties(words: list[str]) -> dict[str, str]:
+    for word in words:
+        if not re.match(r"\w+=", word):
+            raise ConfigError(f"property is {word!r}, expected NAME=VALUE", "for example PERFORMANCE_HINT=LATENCY")
+    return dict(word.split("=", 1) for word in words)
+
+
 class _Option(NamedTuple):
     group: str
     kind: Any
@@ -135,6 +142,22 @@ _OPTIONS: dict[str, _Option] = {
     ),
     "cache_dir": _Option(
         DEVICE, str, "FOLDER", "Folder that keeps compiled models, so that they load faster next time."
+    ),
+    "properties": _Option(
+        ADVANCED,
+        list[str],
+        "NAME=VALUE",
+        "Set an OpenVINO property of the model, and of a draft on the same device. Repeatable.",
+        ("--property",),
+        _properties,
+    ),
+    "draft_properties": _Option(
+        ADVANCED,
+        list[str],
+        "NAME=VALUE",
+        "Set an OpenVINO property of the draft, in place of those that --property sets. Repeatable.",
+        ("--draft-property",),
+        _properties,
     ),
 }
 

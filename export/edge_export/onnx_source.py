@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_export.sources import Source
+from edge_runtime.compiling import compile_model
 from edge_runtime.devices import core
 from edge_runtime.errors import ExportError
 from edge_runtime.paged_graph import first_line
@@ -62,7 +63,7 @@ def num_parameters(source: Source) -> int:
 def reference_logits(model: ov.Model, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return (B, T, V) logits of (B, T) token ids from the graph as it was read, with an empty cache, in f32."""
     batch, width = token_ids.shape
-    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     inputs = {
         "input_ids": token_ids,
         "attention_mask": np.ones_like(token_ids),

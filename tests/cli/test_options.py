@@ -41,6 +41,8 @@ LOAD = {
     "mlp": (["stock"], "stock"),
     "attention": (["stock"], "stock"),
     "cache_dir": (["cache"], "cache"),
+    "properties": (["NUM_STREAMS=1", "A=b=c"], {"NUM_STREAMS": "1", "A": "b=c"}),
+    "draft_properties": (["NUM_STREAMS=1"], {"NUM_STREAMS": "1"}),
 }
 FIELDS = {**GENERATION, **LOAD}
 
@@ -103,3 +105,10 @@ def test_help_shows_the_defaults_of_the_config(edge_run, command):
     for default in (512, 1.0, "auto", "CPU", 8):
         assert f"[default: {default}]" in said
     assert ("--logprobs" in said) == (command == "generate")
+
+
+@pytest.mark.parametrize("word", ["NUM_STREAMS", "=1", "two words=1", ""])
+def test_a_property_without_name_or_value_is_refused(edge_run, word):
+    done = edge_run("generate", "--property", word, "x")
+    assert (done.code, done.out) == (2, "")
+    assert f"property is {word!r}, expected NAME=VALUE" in done.err

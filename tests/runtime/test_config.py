@@ -64,6 +64,16 @@ BAD_LOAD = {
     "mlp": [None, "dense", 1],
     "attention": [None, "paged", 1],
     "cache_dir": [5, True],
+    "properties": [
+        None,
+        ["PERFORMANCE_HINT"],
+        {1: 2},
+        {"": 1},
+        {"PERFORMANCE_HINT": None},
+        {"INFERENCE_PRECISION_HINT": "bf16"},
+        {"KEY_CACHE_QUANT_MODE": "AUTO"},
+    ],
+    "draft_properties": [5, {"CACHE_DIR": "folder"}],
 }
 GOOD_LOAD = {
     "device": ["CPU", "gpu.1"],
@@ -78,6 +88,8 @@ GOOD_LOAD = {
     "mlp": ["auto", "fused", "stock"],
     "attention": ["auto", "block_sparse", "stock"],
     "cache_dir": [None, "folder", Path("folder")],
+    "properties": [{}, {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}],
+    "draft_properties": [None, {}, {"NUM_STREAMS": 1}],
 }
 
 
@@ -168,3 +180,19 @@ def test_a_config_cannot_be_changed_afterwards():
     """It was checked when it was made."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         GenerationConfig().temperature = 2.0
+
+
+def test_properties_reach_the_draft_on_the_same_device_only():
+    """Those of a GPU are none of a CPU's."""
+    given = {"NUM_STREAMS": 1}
+    assert LoadConfig(properties=given).for_draft().properties == given
+    assert LoadConfig(properties=given, draft_device="cpu").for_draft().properties == given
+    assert LoadConfig(device="GPU", properties=given, draft_device="CPU").for_draft().properties == {}
+    own = LoadConfig(device="GPU", draft_device="CPU", draft_properties={"ENABLE_CPU_PINNING": False})
+    assert own.for_draft().properties == {"ENABLE_CPU_PINNING": False}
+
+
+def test_a_property_with_an_option_of_its_own_names_the_option():
+    with pytest.raises(ConfigError, match="INFERENCE_NUM_THREADS, which has an option") as caught:
+        LoadConfig(properties={"INFERENCE_NUM_THREADS": 1})
+    assert caught.value.hint == "set `num_threads` instead"

@@ -16,9 +16,10 @@ from edge_runtime.api import EdgeLLM
 from edge_runtime.attention import longgen
 from edge_runtime.cli import devices as cli_devices
 from edge_runtime.config import LoadConfig
-from edge_runtime.devices import check_device, describe_devices, npu_properties
+from edge_runtime.devices import check_device, describe_devices
 from edge_runtime.errors import ConfigError, ContextOverflowError, DeviceError, ModelFormatError
 from edge_runtime.manifest import load_manifest
+from edge_runtime.npu_plan import npu_properties
 from edge_runtime.static_model import StaticModel
 from tests.runtime.npuw import KEYS_IN_F16, load, random_ids, reference
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from edge_export.convert import export_model
+from edge_runtime.compile_plan import make_plan
 from edge_runtime.config import LoadConfig
-from edge_runtime.devices import compile_properties
 from edge_runtime.errors import DeviceError
 from edge_runtime.manifest import load_manifest
-from edge_runtime.paged_graph import weight_group_size
 from edge_runtime.paged_model import PagedModel, read_model
+from edge_runtime.weights import weights_of
 
 PROMPT = [int(token_id) for token_id in np.random.default_rng(7).integers(3, 300, 40)]
 
@@ -71,8 +73,15 @@ def test_a_precision_that_the_device_lacks_is_refused(tiny_ir, options, told):
 def test_activations_share_scales_over_the_weights_groups(tiny_hf, tmp_path, symmetric):
     """Zero points of asymmetric int4 weights were taken for weights in groups of one: decoding took twice as long."""
     export_model(tiny_hf("llama"), tmp_path / "int4", weights="int4", group_size=32, symmetric=symmetric)
-    model, _ = read_model(tmp_path / "int4")
-    assert weight_group_size(model) == 32
-    assert compile_properties("CPU", LoadConfig(), 1, 32)["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == 32
-    assert compile_properties("CPU", LoadConfig(), 1, None)["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == 128
-    assert compile_properties("CPU", LoadConfig(precision="f32"), 1, 32)["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == 0
+    model, size = read_model(tmp_path / "int4")
+    weights = weights_of(model, size)
+    assert (weights.kind, weights.group_size, weights.has_floats) == ("int4", 32, False)
+    groups = [
+        make_plan("CPU", config, given).properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"]
+        for config, given in (
+            (LoadConfig(), weights),
+            (LoadConfig(), dataclasses.replace(weights, group_size=None)),
+            (LoadConfig(precision="f32"), weights),
+        )
+    ]
+    assert groups == [32, 128, 0]

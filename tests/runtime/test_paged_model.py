@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from edge_runtime.api import EdgeLLM
+from edge_runtime.compile_plan import make_plan
 from edge_runtime.config import LoadConfig
-from edge_runtime.devices import compile_properties
-from edge_runtime.errors import DeviceError
+from edge_runtime.errors import ConfigError, DeviceError
+from edge_runtime.weights import Weights
 from tests.tiny_models import SENTENCES, export_tiny, make_hf_model
 
 FAMILIES = ("llama", "qwen3", "phi3", "gemma3", "gpt2")
@@ -251,7 +252,7 @@ def test_threads_are_as_many_as_asked_for(tiny_ir):
 
 def test_two_processes_do_not_share_a_core():
     """A single thread was pinned, to the first core in every process: two of them took turns on it."""
-    small, large = (compile_properties("CPU", LoadConfig(), size, None) for size in (1 << 20, 1 << 30))
+    small, large = (make_plan("CPU", LoadConfig(), Weights(num_bytes=size)).properties for size in (1 << 20, 1 << 30))
     assert small["ENABLE_CPU_PINNING"] is False
     assert "ENABLE_CPU_PINNING" not in large
 
@@ -262,6 +263,32 @@ def test_compiled_models_are_kept_in_the_cache_folder(tiny_ir, tmp_path):
         llm = EdgeLLM.load(tiny_ir("llama"), draft=tiny_ir("gpt2"), precision="f32", cache_dir=tmp_path)
         assert ask(llm, num_draft_tokens=3) == wanted
         assert list(tmp_path.glob("*.blob"))
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(tiny_ir, tmp_path):
+    """It was told as a precision that the device lacks."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cache_dir is `.*file.*`, which cannot be written: .+"):
+        EdgeLLM.load(tiny_ir("llama"), cache_dir=tmp_path / "file")
+    EdgeLLM.load(tiny_ir("llama"), cache_dir=tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").glob("*.blob"))
+
+
+def test_properties_of_the_user_win_and_are_reported(tiny_ir):
+    llm = EdgeLLM.load(tiny_ir("llama"), draft=tiny_ir("gpt2"), properties={"ENABLE_CPU_PINNING": True})
+    compiled = llm.engine.target.model._compiled
+    assert compiled.get_property("ENABLE_CPU_PINNING") is True, "False is ours for one thread"
+    assert [model["properties"] for model in llm.models.values()] == [{"ENABLE_CPU_PINNING": True}] * 2
+    alone = EdgeLLM.load(tiny_ir("llama"), draft=tiny_ir("gpt2"), draft_properties={"ENABLE_CPU_PINNING": "YES"})
+    assert "properties" not in alone.models["target"]
+    assert alone.models["draft"]["properties"] == {"ENABLE_CPU_PINNING": "YES"}
+
+
+@pytest.mark.parametrize("properties", [{"NO_SUCH": 1}, {"NUM_STREAMS": "many"}])
+def test_a_property_that_openvino_refuses_is_one_line(tiny_ir, properties):
+    with pytest.raises(DeviceError, match=f"CPU refuses property {next(iter(properties))}=") as caught:
+        EdgeLLM.load(tiny_ir("llama"), properties=properties)
+    assert "\n" not in str(caught.value)
 
 
 def test_draft_may_run_on_a_device_of_its_own(tiny_ir):

@@ -57,11 +57,13 @@ CpuFeatures cpu_features() {
     const std::uint64_t saved = has_xgetbv ? saved_registers() : 0;
     const bool saves_ymm = (saved & 0x6) == 0x6;
     const bool saves_zmm = (saved & 0xE6) == 0xE6;
+    const bool saves_tiles = (saved & 0x60000) == 0x60000;
     const Registers extended = cpuid(7, 0);
     found.avx2 = saves_ymm && has(extended.b, 5) && has(basic.c, 12) && has(basic.c, 29);
     found.avx_vnni = found.avx2 && extended.a >= 1 && has(cpuid(7, 1).a, 4);
     const bool has_512 = has(extended.b, 16) && has(extended.b, 17) && has(extended.b, 30) && has(extended.b, 31);
     found.avx512_vnni = found.avx2 && saves_zmm && has_512 && has(extended.c, 11);
+    found.amx_bf16 = saves_tiles && has(extended.d, 22) && has(extended.d, 24);
     return found;
 }
 

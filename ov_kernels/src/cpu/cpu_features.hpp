@@ -10,6 +10,7 @@ struct CpuFeatures {
     bool avx2;         // AVX2, FMA and F16C
     bool avx_vnni;     // the same, and VNNI on 256 bits in VEX encoding
     bool avx512_vnni;  // AVX-512 F, BW, VL, DQ and VNNI
+    bool amx_bf16;     // AMX tiles and their bf16 products; Linux may still refuse them to a process
 };
 
 CpuFeatures cpu_features();
