@@ -198,6 +198,7 @@ def _compile(model: ov.Model, device: str, config: LoadConfig, properties: dict[
     """
     *others, last = PARTITIONINGS
     core = npu_core()
+    _refuse_unknown(core, device, config)
     for partitioning in others:
         with contextlib.suppress(RuntimeError):
             return compile_model(model, device, {**partitioning, **properties}, core)
@@ -208,3 +209,15 @@ def _compile(model: ov.Model, device: str, config: LoadConfig, properties: dict[
         lacks_compiler = "compiler" in str(error) and "annot load library" in str(error)
         hint = "install Intel's NPU driver with its compiler" if lacks_compiler else "run it on CPU or GPU"
         raise DeviceError(f"{device} cannot compile the model: {first_line(error)}", hint) from error
+
+
+def _refuse_unknown(core: ov.Core, device: str, config: LoadConfig) -> None:
+    """Raise DeviceError for an added property that the plugin does not know: compiling, NPUW ignores such a one."""
+    for name in config.properties:
+        try:
+            core.get_property("NPU", name)
+        except RuntimeError as error:
+            if "Unsupported" in str(error):
+                check_added_properties(error, device, config)
+        except TypeError:  # known, but of a type without a Python form
+            continue

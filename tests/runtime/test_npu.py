@@ -87,6 +87,25 @@ def test_a_cpu_target_with_an_npu_draft_says_exactly_what_it_says_alone(llm):
     assert drafted.metrics.accepted_tokens > 30
 
 
+def test_the_embedded_pair_loads_and_speculates():
+    """Its draft has 4 layers, which NPUW's default partitioning cannot cut: "undeclared parameters"."""
+    llm = EdgeLLM.load(device="NPU", context_length=128)
+    assert llm.models["draft"]["device"] == LABEL
+    assert llm.generate("Once upon a time", num_draft_tokens=3, max_new_tokens=8).metrics.proposed_tokens
+
+
+def test_a_property_that_the_npu_refuses_is_one_line(tiny_ir):
+    with pytest.raises(DeviceError, match="NPU refuses property NO_SUCH=1: ") as raised:
+        load(tiny_ir("llama"), properties={"NO_SUCH": 1})
+    assert "\n" not in str(raised.value)
+
+
+def test_properties_of_the_user_win_and_are_reported(tiny_ir):
+    static = load(tiny_ir("llama"), context_length=64, properties={"NPUW_ONLINE_PIPELINE": "NONE"})
+    assert static.properties["npuw_online_pipeline"] == "NONE"
+    assert static.properties["properties"] == {"NPUW_ONLINE_PIPELINE": "NONE"}
+
+
 def test_next_request_keeps_what_it_shares(llm):
     """A stopped, a cancelled and a whole answer; then one that shares all, some or nothing of the last sequence."""
     model = llm()
