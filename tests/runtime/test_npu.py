@@ -188,9 +188,9 @@ def test_another_stand_in_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"precision": "f32"}, "precision is f32, the NPU computes and stores in f16"),
-        ({"kv_precision": "u8"}, "kv_precision is u8, the NPU"),
-        ({"prefill_chunk_size": 500}, "prefill_chunk_size is 500, on NPU a power of two"),
+        ({"precision": "f32"}, "precision is f32, but the NPU computes and stores in f16"),
+        ({"kv_precision": "u8"}, "kv_precision is u8, but the NPU"),
+        ({"prefill_chunk_size": 500}, "prefill_chunk_size is 500, expected a power of two of at least 8 on NPU"),
         ({"prefill_chunk_size": 4}, "prefill_chunk_size is 4, expected a power of two of at least 8 on NPU"),
     ],
 )

@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[2]
 WRITERS = ("edge_runtime", "export", "benchmarks", "tools")
 EXEMPT = {
     "edge_runtime/strict_json.py": "is what the others use",
-    "edge_runtime/tokenizer.py": "gives templates the `tojson` that transformers gives them",
 }
 
 
