@@ -28,7 +28,7 @@ OP_TYPE = "BlockSparseAttention"
 KV_TYPES = ("f32", "bf16", "u8")
 """How the op can keep keys and values."""
 LARGEST_HEAD, MOST_GROUPED = 256, 64
-"""Of the op: numbers of a key, and query heads that share one."""
+"""Limits of the op: numbers of a key, and query heads that share one."""
 OURS_FROM = 8 << 20
 """Bytes of weights a layer from which our op is the choice for full attention too. A step of it costs the plugin about
 15 us a layer more, whatever the context; OpenVINO's costs more from some hundred tokens on. On 2 cores with AVX-512, in
@@ -42,7 +42,7 @@ class BlockAttention:
     """What the layers of a model see whose attention is ours.
 
     Attributes:
-        pattern: Of each layer.
+        pattern: Attention pattern of each layer.
         heads: H and H_kv of each layer.
     """
 
@@ -70,7 +70,7 @@ def use_block_sparse_attention(
         pattern: From the manifest; None for what the graph itself says.
         device: OpenVINO device.
         config: Its `attention` and what says how keys and values are kept count.
-        weight_bytes: Of the model.
+        weight_bytes: Bytes of the model's weights.
 
     Returns:
         What the layers see now; None where the stock op stays.
@@ -231,11 +231,11 @@ def attention_op(
 
     Args:
         inputs: Query, key and value of T tokens, cache, past_lens, subsequence_begins and block table.
-        shape: Of the layer.
-        pattern: What it sees.
+        shape: Heads and head size of the layer.
+        pattern: Attention pattern of the layer.
         block_size: Tokens of a block.
         kept_as: One of KV_TYPES.
-        scale: Of the products of queries and keys.
+        scale: Factor on the products of queries and keys.
     """
     attributes = {
         "num_heads": shape.num_heads,

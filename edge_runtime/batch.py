@@ -19,7 +19,7 @@ from edge_runtime.speculative import NO_PROPOSAL, verify
 MOST_SEQUENCES = 16
 """A choice, not tuned: one reading of the weights serves 16 tokens, and a batch still ends soon."""
 MOST_KV_BYTES = 1 << 30
-"""Of keys and values of all sequences."""
+"""Most bytes of keys and values, all sequences together."""
 
 
 class BatchAnswer:
@@ -27,11 +27,11 @@ class BatchAnswer:
 
     Args:
         prompt_ids: At least one token.
-        config: Its options.
+        config: Options of this answer.
 
     Attributes:
-        token_ids: Written so far; the last is the stop token, if one came.
-        top_logprobs: Of each of them the most likely ids and their log-probabilities, where the options ask for them.
+        token_ids: Tokens written so far; the last is the stop token, if one came.
+        top_logprobs: Most likely ids and their log-probabilities for each token, where the options ask for them.
         is_done: Whether it is complete.
     """
 

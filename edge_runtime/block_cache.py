@@ -30,7 +30,7 @@ class BlockTable:
     """Which blocks one group of layers holds.
 
     Args:
-        pattern: Of these layers.
+        pattern: Attention pattern of these layers.
         block_size: Tokens of a block.
         num_heads: H.
         num_kv_heads: H_kv.
@@ -53,8 +53,8 @@ class BlockTable:
         """Hold what tokens `past` to `end` see, and make room for them: mostly nothing is to be done for it.
 
         Args:
-            past: Tokens that are accepted.
-            end: Of those that are computed next.
+            past: Number of tokens that are accepted.
+            end: Number of tokens once those computed next are added.
             resize: Called where there are to be more or fewer physical blocks; calls `resize` of this table.
         """
         if end <= self._end * self._block_size and past // self._block_size == self._settled:
@@ -89,7 +89,7 @@ class BlockTable:
         """Return how many physical blocks there should be before tokens up to `end` enter.
 
         Args:
-            end: Of the tokens.
+            end: Number of tokens once those are added.
             is_narrow: Whether they are few, so that what a prompt has left free is given back.
         """
         entering = max(0, -(-end // self._block_size) - self._end) * self._num_kv_heads

@@ -72,7 +72,8 @@ class LoadConfig(KeywordOptions):
             stores in f16; a draft there does so whatever is asked of the target, whose answers it cannot change.
         activation_group_size: CPU: activations that share a scale when they are rounded to int8 for the product with
             int8 or int4 weights; 0 disables rounding. None is 0 with `precision="f32"`, where verifying a block is to
-            equal plain decoding, and else 128 or the weights' group. Rounding makes blocks and prompts much faster.
+            equal plain decoding, and else 128 or the weights' quantisation group. Rounding makes drafted blocks and
+            prompts much faster.
         num_threads: CPU threads; 0 for the device's choice (one for models too small to share).
         prefill_chunk_size: Prompt tokens per forward: bounds memory and how long a cancel can take. On NPU a power of
             two; a prompt is read in one go there, and cancelled after it.

@@ -53,12 +53,12 @@ class Manifest:
         bos_token_id: None where the model has none.
         weights: How the weights are stored: `fp32`, `fp16`, `bf16`, `int8` or `int4`.
         group_size: Quantisation group along the input axis; -1 per channel, None if not grouped.
-        num_parameters: Of the source model, embeddings included; None if unknown.
+        num_parameters: Number of parameters of the source model, embeddings included; None if unknown.
         source: Where the model came from: a folder name or a hub id.
         versions: Package name to version, of what made this folder.
         attention: What each layer's queries see; None, and absent from the file, where that is every earlier token.
         mlp: How gated MLPs are stored; None, and absent from the file, for OpenVINO's own ops.
-        format_version: Of this file.
+        format_version: Version of this file's format.
     """
 
     architecture: str

@@ -42,7 +42,7 @@ class Noise:
         """Draw one token id.
 
         Args:
-            position: Of the drawn token in the sequence.
+            position: Position of the drawn token in the sequence.
             token_ids: (N,) distinct ids; None for 0 to N - 1.
             weights: (N,) non-negative, at least one above 0, not necessarily normalised.
         """

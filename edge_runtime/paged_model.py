@@ -125,7 +125,7 @@ class PagedModel:
         `reserve_sequences` comes first, see `batch.SequenceBatch`.
 
         Args:
-            token_ids: Of each sequence, at least one.
+            token_ids: Token ids of each sequence, at least one.
             past: (B,) tokens of each that are there already.
             blocks: (B, n) blocks of each.
         """

@@ -21,7 +21,7 @@ HEADER = struct.Struct("<8s6IQ20x")
 FORMATS = ("i8", "u4", "bf16")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf")
 LAYOUTS = ("records", "tiles")
-"""Of weights: neuron by neuron, to be skipped; or 16 rows abreast, to be read whole, which is faster."""
+"""Layouts of weights: neuron by neuron, to be skipped; or 16 rows abreast, to be read whole, which is faster."""
 BLOCK = 128
 """Columns, and in 4 bits neurons, that share a scale; rows are padded to whole blocks."""
 TILE, WORD = 16, 4

@@ -9,6 +9,7 @@ count too, since a name that only a checker sees is a dependency all the same; b
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,3 +111,12 @@ if TYPE_CHECKING:
 """
     assert imported_names(module_level(ast.parse(source))) == {"a", "b", "d", "j"}
     assert imported_names(module_level(ast.parse(source), for_checkers=False)) == {"a", "b", "d"}
+
+
+def test_no_entry_of_a_docstring_is_a_fragment():
+    """An entry must make sense where a search shows only its line: `seed: Of the order.` does not."""
+    fragment = re.compile(r"^\s+[\w*]+: (Of |The same\b|To [a-z]+\.|Peak\.)|^\s*\"\"\"Of ", re.MULTILINE)
+    for folder in PACKAGES.values():
+        for path in folder.rglob("*.py"):
+            found = fragment.search(path.read_text(encoding="utf-8"))
+            assert not found, f"{path}: {found[0].strip()}"

@@ -31,7 +31,7 @@ from edge_runtime.manifest import load_manifest, weight_bytes
 from edge_runtime.paged_model import PagedModel
 
 PLACES = 5
-"""Of a prompt at which a chunk is timed."""
+"""Number of places along a prompt at which a chunk is timed."""
 WARM_UP = 1
 
 Times = NDArray[np.float64]
@@ -146,10 +146,10 @@ class AttentionBench:
         """Return the time of full attention over that of a pattern, by what has to be read or multiplied.
 
         Args:
-            pattern: Of all layers.
-            context: Tokens.
+            pattern: Attention pattern of all layers.
+            context: Context length, in tokens.
             phase: `prefill` or `decode`.
-            full_bytes: Of keys and values of full attention.
+            full_bytes: Bytes of keys and values with full attention.
         """
         num_heads, num_kv_heads = self._heads
         layers = len(pattern.layers) * num_kv_heads

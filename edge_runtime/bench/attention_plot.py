@@ -25,10 +25,10 @@ def save_pattern_plot(
     """Draw the blocks that each layer and KV head holds, and for each pattern which keys a query sees.
 
     Args:
-        attention: Of a model.
+        attention: Attention pattern of a model.
         num_heads: H.
         num_kv_heads: H_kv.
-        num_tokens: Of the context.
+        num_tokens: Context length to draw.
         path: Checked by `bench.plot.check_plot`.
     """
     from matplotlib.colors import ListedColormap
@@ -103,7 +103,7 @@ def save_time_plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the rows of `AttentionBench`: time by context, a picture for each scope and phase.
 
     Args:
-        rows: Of a report.
+        rows: Rows of a report.
         path: Checked by `bench.plot.check_plot`.
     """
     from matplotlib.figure import Figure

@@ -43,7 +43,7 @@ class CatsModelBench:
     Args:
         folder: Exported with `--cats`.
         text: On which quality and unions are measured.
-        num_tokens: Of the text, at most.
+        num_tokens: Most tokens of the text to use.
 
     Raises:
         ConfigError: The model skips no neurons, or the text is shorter than a window.

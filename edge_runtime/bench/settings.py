@@ -17,7 +17,7 @@ class DraftSettings:
 
     Attributes:
         num_draft_tokens: Every K; the draft is also measured with the pacing's own choice.
-        max_new_tokens: Of each answer.
+        max_new_tokens: Longest answer, in tokens.
         temperature: 0 is greedy. Otherwise a prompt's line seeds all its answers.
         drafters: What is measured beside plain decoding, in the words of a row.
         is_chat: Whether prompts are questions, to be asked in the model's chat template.
@@ -49,9 +49,9 @@ class CatsSettings:
     Attributes:
         hidden: H, the MLP's inputs and outputs.
         ffn: F, its neurons.
-        weights: Of MLP_WEIGHTS.
-        rows: Tokens of a step.
-        sparsity: Shares of dead activations.
+        weights: Precisions of the weights, from MLP_WEIGHTS.
+        rows: Numbers of tokens in a step.
+        sparsity: Fractions of the neurons skipped.
         rounds: Runs of each variant that count.
     """
 
@@ -79,9 +79,9 @@ class AttentionSettings:
     """What to measure.
 
     Attributes:
-        contexts: Tokens.
-        strides: Of S2-Attention, in blocks.
-        window: Of S2-Attention, in tokens.
+        contexts: Context lengths, in tokens.
+        strides: Strides of S2-Attention, in KV blocks.
+        window: Local window of S2-Attention, in tokens.
         kept: Tokens that a sparse layer of LongGen keeps, sink and window together.
         chunk: Tokens of a prefill step.
         num_heads: H of one layer.

@@ -34,7 +34,7 @@ def ratio_difference_interval(one: Sequence[tuple[int, int]], other: Sequence[tu
 
     Args:
         one: Part and whole of each prompt.
-        other: The same, in the same order.
+        other: Values of the other variant, in the same order.
     """
     both = [(*a, *b) for a, b in zip(one, other, strict=True) if a[1] and b[1]]
 

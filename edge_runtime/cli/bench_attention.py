@@ -14,7 +14,7 @@ from edge_runtime.cli import INTERRUPTED, console
 from edge_runtime.cli.options import ADVANCED
 
 _LEGEND = """
-edge       edge-run's op; s2/N keeps one block in N beside the window, a different one for each KV head
+edge       edge-run's op; s2/N keeps one KV block in N beside the window, a different one for each KV head
 genai      OpenVINO's PagedAttention, which openvino.genai runs
 of full    time of full attention in the same op / this time; expected: computed from the keys and weights read
 prefill    the whole prompt, estimated from chunks timed along it; decode: one token after it
@@ -39,7 +39,7 @@ def bench_attention(
         typer.Option(metavar="FILE", help="Also draw time against context length, as a png, svg or pdf file."),
     ] = None,
     stride: Annotated[
-        list[int] | None, _option("N", "Stride of S2-Attention: it keeps one block in N. Repeatable.")
+        list[int] | None, _option("N", "Stride of S2-Attention: keep one KV block in N. Repeatable.")
     ] = None,
     window: Annotated[int, _option("N", "Local window of S2-Attention, in tokens.")] = AttentionSettings.window,
     kept: Annotated[int, _option("N", "Tokens that a sparse layer of LongGen keeps.")] = AttentionSettings.kept,

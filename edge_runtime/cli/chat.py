@@ -71,7 +71,7 @@ class Conversation:
 
     Args:
         llm: A chat model.
-        options: Of every answer.
+        options: Options of every answer.
         system: The system message.
     """
 

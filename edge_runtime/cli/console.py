@@ -173,7 +173,7 @@ def print_stats(metrics: Metrics, models: dict[str, dict[str, Any]]) -> None:
     """Print what was measured of one answer, for a person.
 
     Args:
-        metrics: Of the answer.
+        metrics: Metrics of the answer.
         models: How target and draft run, see `EdgeLLM.models`.
     """
     from rich.console import Console
@@ -184,7 +184,8 @@ def print_stats(metrics: Metrics, models: dict[str, dict[str, Any]]) -> None:
     table.add_column()
     for name, value in [*_stats(metrics), *(row for item in models.items() for row in _model_stats(*item))]:
         table.add_row(name, value)
-    Console(stderr=True, highlight=False, markup=False).print(table)
+    with _dropped_where_stderr_fails():
+        Console(stderr=True, highlight=False, markup=False).print(table)
 
 
 def describe_arithmetic(properties: dict[str, Any]) -> str:

@@ -176,7 +176,7 @@ def pattern_words(pattern: LayerPattern) -> str:
         parts.append(f"the first {pattern.sink}")
     if pattern.stride:
         shards = "" if len(set(pattern.offsets)) == 1 else f" ({len(set(pattern.offsets))} different shards)"
-        parts.append(f"1 block of {pattern.stride}{shards}")
+        parts.append(f"1 KV block in {pattern.stride}{shards}")
     if pattern.num_dense_heads:
         parts.append(f"everything in {pattern.num_dense_heads} heads")
     return ", ".join(parts)

@@ -56,8 +56,8 @@ def run_adaptation(
         output: The folder to make.
         change: What it is, in the report's words.
         as_json: Whether to print the record of the training instead.
-        text: To train on.
-        max_tokens: At most, as the user wrote it.
+        text: Files and folders to train on.
+        max_tokens: Most tokens to train on, as the user wrote it.
         recipe: The other entries of `AdaptRecipe`.
     """
     from edge_export.adapt import AdaptRecipe, adapt

@@ -52,9 +52,9 @@ class AdaptRecipe:
         max_tokens: Most tokens in all; None for all there are.
         batch_size: Windows of one update.
         micro_batch_size: Windows computed at once; None for all.
-        learning_rate: Peak.
+        learning_rate: Peak learning rate.
         precision: `auto`, `bf16` or `no` (f32).
-        seed: Of the order of windows.
+        seed: Random seed of the order of windows.
     """
 
     source: str
@@ -105,11 +105,11 @@ class Adapted:
     """What came out, as perplexities of held-out windows.
 
     Attributes:
-        output: The folder.
-        original: Of the source as it is.
-        before: Under the change, untrained.
-        after: Under the change, trained.
-        tokens: Trained on.
+        output: Folder of the trained model.
+        original: Perplexity of the source as it is.
+        before: Perplexity under the change, untrained.
+        after: Perplexity under the change, trained.
+        tokens: Number of tokens trained on.
     """
 
     output: Path

@@ -72,7 +72,7 @@ class ExportReport:
     Attributes:
         output: The model folder.
         manifest: Its edge_model.json.
-        num_bytes: Of all its files.
+        num_bytes: Bytes of all files in the folder.
         verification: How it compares with its source; where neurons are skipped, with a source that skips them too.
         sparsity: What skipping neurons does; None without `cats`.
         notes: Lines on what was decided for the user on the way.

@@ -115,7 +115,7 @@ def mix(parts: Sequence[tuple[Windows, float]], seed: int) -> Windows:
 
     Args:
         parts: Windows of one length, and the share of each in the mixture.
-        seed: Of the order, and of which windows are taken.
+        seed: Random seed of the order and of the choice of windows.
     """
     total = min(len(windows) / share for windows, share in parts)
     taken = [shuffled(windows, seed + i)[: int(total * share)] for i, (windows, share) in enumerate(parts)]

@@ -41,7 +41,7 @@ def dequantize(stored: dict[str, torch.Tensor], quantization: Quantization, dtyp
     Args:
         stored: Tensors by name, which may be read as they are asked for.
         quantization: How they are quantised.
-        dtype: Of the restored weights; all others stay as they are.
+        dtype: Type of the restored weights; all others stay as they are.
 
     Raises:
         ExportError: A layer lacks a part, or its parts do not fit together.

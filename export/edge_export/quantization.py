@@ -34,8 +34,8 @@ class Quantization:
 
     Attributes:
         method: `gptq`, `awq`, `fp8`, `compressed-tensors` or `mxfp4`.
-        words: The same for people, such as `GPTQ int4`.
-        num_bits: Of a quantised weight.
+        words: Name of the method for people, such as `GPTQ int4`.
+        num_bits: Bits of a quantised weight.
         settings: The checkpoint's own description.
     """
 

@@ -51,14 +51,14 @@ class TrainConfig:
             Small ones stay in a processor's cache: 1 808 against 1 464 tokens/s for 2 against 8 windows of 1 024
             tokens, the update left out (9 M parameters, 2 cores, AVX2).
         optimizer: `muon` (edge_export.muon) or `adamw`.
-        learning_rate: Peak.
+        learning_rate: Peak learning rate.
         warmup: Share of the updates in which the rate rises.
         weight_decay: On matrices; norms and biases have none.
         clip: Largest norm of the gradient.
         checkpoint_s: Seconds between checkpoints.
         precision: `bf16` or `no` (f32), accelerate's names.
         passes: How often a window may come; above 1 only to study what more passes do.
-        seed: Of dropout, where a model has any.
+        seed: Random seed of dropout, where a model has any.
     """
 
     batch_size: int = 8

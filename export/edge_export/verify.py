@@ -36,7 +36,7 @@ PROMPTS = (
     "15 cents, so 8 pencils cost 8 * 15 = 120 cents, which is $1.20.",
 )
 MAX_TOKENS = 48
-"""Of each prompt: enough for positions and cache to matter, little enough for a large model on a small machine."""
+"""Most tokens of each prompt: enough for positions and cache to matter, few enough for large models."""
 
 ERROR_BOUNDS = {
     "fp32": 1e-3,  # measured 1e-6; f32 rounding grows with depth

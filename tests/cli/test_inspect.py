@@ -31,7 +31,7 @@ def test_keys_and_values_are_counted(edge_run, hybrid):
 
 def test_it_reads_as_words(edge_run, hybrid):
     out = edge_run("inspect", hybrid).out
-    assert "the last 16 tokens, 1 block of 2 (2 different shards): layers 0\n" in out
+    assert "the last 16 tokens, 1 KV block in 2 (2 different shards): layers 0\n" in out
     assert "everything: layers 1\n" in out
     assert "1,024" in out
 

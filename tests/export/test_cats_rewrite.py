@@ -239,7 +239,7 @@ def make_relu(model: ov.Model) -> None:
     [
         ({"weights": "int8"}, add_bias, r"layer model\.layers\.0\.mlp\.down_proj cannot .* projection has a bias"),
         ({"weights": "int8"}, make_relu, "a gated MLP of SiLU or GELU was found in 0 of 2 layers"),
-        ({"weights": "int4", "group_size": 64}, None, "64 weights share a scale in a row of 128"),
+        ({"weights": "int4", "group_size": 64}, None, "quantisation group is 64 weights in a row of 128"),
         ({"weights": "fp16"}, None, "its weights are stored in f16, expected bf16, int8 or int4"),
         ({"weights": "fp32"}, None, "its weights are stored in f32, expected bf16, int8 or int4"),
     ],
@@ -255,7 +255,9 @@ def test_mlp_that_does_not_fit_is_named_with_the_reason(exported, options, spoil
 
 def test_sizes_that_four_bits_cannot_have_are_refused(tiny_ir):
     model = compressed(tiny_ir("llama"), weights="int4", group_size=-1)
-    with pytest.raises(ExportError, match="64 weights share a scale in a row of 64, expected a multiple of 128"):
+    with pytest.raises(
+        ExportError, match="quantisation group is 64 weights in a row of 64, expected a multiple of 128"
+    ):
         fuse_mlps(model)
 
 

@@ -20,7 +20,7 @@ HELD_BACK = 0.2
 """Share of the calibration text on which realised sparsity is measured."""
 MIN_WINDOWS = round(1 / HELD_BACK)
 GROUP = 128
-"""4-bit weights that share a scale in the op."""
+"""Size of a quantisation group of int4 weights in the op."""
 
 
 @dataclass(frozen=True, kw_only=True)

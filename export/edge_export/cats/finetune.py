@@ -38,9 +38,9 @@ class CatsAdaptation:
     Attributes:
         cats: Share of the neurons to skip.
         method: `cats` or `chess`.
-        rank: Of the adapters.
-        alpha: Their scale is alpha / rank.
-        dropout: Of the adapters' inputs.
+        rank: Rank of the LoRA adapters.
+        alpha: Scale of the adapters, times their rank.
+        dropout: Dropout on the adapters' inputs.
         loss_name: One of LOSSES.
     """
 

@@ -46,7 +46,7 @@ def fuse_mlps(model: ov.Model, thresholds: Thresholds | None = None) -> int:
 
     Args:
         model: Weights in bf16 or int8, or in int4 in groups of a multiple of 128.
-        thresholds: Of each MLP in the graph's order, (1,) or (F,); None for dense.
+        thresholds: Thresholds of each MLP in the graph's order, (1,) or (F,); None for dense.
 
     Returns:
         How many there were.
@@ -197,7 +197,9 @@ def _weights(matmul: Any) -> Matrix:
     if values.dtype == np.uint8:  # a group of several blocks has the same scale in each
         group = columns // scale.shape[1]
         if group % GROUP:
-            raise ValueError(f"{group} weights share a scale in a row of {columns}, expected a multiple of {GROUP}")
+            raise ValueError(
+                f"its quantisation group is {group} weights in a row of {columns}, expected a multiple of {GROUP}"
+            )
         repeats = group // GROUP
     elif scale.shape[1] != 1:
         raise ValueError(f"an int8 row has {scale.shape[1]} scales, expected one")

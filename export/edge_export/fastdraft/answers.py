@@ -58,8 +58,8 @@ class AnswerConfig:
     Attributes:
         model: Model folder of the target.
         device: OpenVINO device it runs on.
-        max_new_tokens: Of one answer.
-        max_tokens: Of all answers, after which no more are written; None for no bound.
+        max_new_tokens: Longest answer, in tokens.
+        max_tokens: Tokens of all answers after which no more are written; None for no bound.
         temperatures: Used in turn, begun one later each time, so that prompts whose kinds take turns get all of them.
         chat: Put prompts into the target's chat template.
         top: Most likely tokens kept for each token; 0 for none.

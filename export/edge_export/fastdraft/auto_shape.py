@@ -29,7 +29,7 @@ PROBES = ((64, 1), (64, 6), (512, 1))
 CONTEXT, REPEATS = 64, 40
 """Tokens held while timing, and tokens timed."""
 MAX_SHARE = 1 / 8
-"""Of the target's parameters: a larger draft costs more to read than its acceptance brings."""
+"""Largest draft, as a fraction of the target's parameters: more costs more to read than its acceptance brings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,8 @@ class ChosenShape:
     """What was chosen and why.
 
     Attributes:
-        num_parameters: Of the draft.
-        num_layers: Of the draft.
+        num_parameters: Number of parameters of the draft.
+        num_layers: Number of layers of the draft.
         target_ms: Measured time of a token of the target.
         draft_ms: Predicted time of a token of the draft.
     """

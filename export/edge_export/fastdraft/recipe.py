@@ -12,7 +12,7 @@ STAGES = ("pretrain", "continue", "align")
 OWN_PROMPTS = "self"
 TEXT_PROMPTS = "text"
 CODE_SHARE = 2 / 3
-"""Of the windows of the continue stage: FastDraft took 5 billion tokens of code and 2.5 of text."""
+"""Share of code in the windows of the continue stage: FastDraft took 5 billion tokens of code and 2.5 of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,27 +24,27 @@ class DraftRecipe:
         text: Files and folders of text for the stage pretrain, and for a third of the stage continue.
         code: Files and folders of code for the rest of the stage continue; empty leaves the stage out.
         size: Parameters, embeddings included; None chooses by a latency budget (`auto_shape.auto_shape`).
-        num_layers: Depth; None chooses.
-        latency_share: Of the target's time for a token, what `auto` lets the draft take for one.
+        num_layers: Number of layers; None chooses it with the size.
+        latency_share: Largest draft time per token, as a fraction of the target's, with the size left to choose.
         stages: Which of STAGES to run; those that were run before are their starting point.
         start: A draft to start from instead of random weights.
         prompts: What the target answers: `text` for beginnings of the texts above, `self` for prompts of its own, or a
             file: JSON lines with `prompt`, or plain text with one prompt a line.
         chat: Put prompts into the target's chat template; None does so where it has one and they are not texts.
         loss: What the stage align minimises, one of `losses.LOSSES`.
-        top: Most likely tokens of the target that a loss other than ce sees.
+        top: Number of most likely target tokens kept per position, for every loss but ce.
         num_answers: Answers to write; None for one for each prompt of a file, else as many as fill answer_tokens.
-        answer_tokens: Tokens of all answers together, about.
-        max_new_tokens: Of one answer.
+        answer_tokens: Approximate number of tokens of all answers together.
+        max_new_tokens: Longest answer, in tokens.
         window: Tokens of a training window; None for the target's context, at most 1024.
-        max_tokens: Of each stage of text, at most; None for all there is.
+        max_tokens: Most tokens of each stage of text; None for all there are.
         batch_size: Windows of one update.
         micro_batch_size: Windows computed at once; None for all.
-        learning_rate: Peak in pretrain and continue.
-        align_learning_rate: Peak in align, where there was a stage before it.
+        learning_rate: Peak learning rate of pretrain and continue.
+        align_learning_rate: Peak learning rate of align after another stage.
         precision: `auto`, `bf16` or `no` (f32).
         device: OpenVINO device on which the target writes.
-        seed: Of initial weights and orders.
+        seed: Random seed of the initial weights and the order of the text.
     """
 
     target: str

@@ -32,7 +32,7 @@ class HybridAdaptation:
         context: Tokens of the new context; None for the model's own.
         rope_theta: RoPE's base; None for what the docstring above says.
         is_from_scratch: Whether the weights are drawn anew, of the source's shape (S2-Attention's own setting).
-        seed: Of such weights.
+        seed: Random seed of such weights.
     """
 
     attention: str
