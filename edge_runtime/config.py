@@ -91,7 +91,7 @@ class LoadConfig(KeywordOptions):
         cache_dir: Where compiled models are kept between runs; None for nowhere.
         properties: OpenVINO's own properties of the target by name, such as `{"ENABLE_CPU_PINNING": False}`. They win
             over ours; those that another option sets, or that right answers rest on, are refused.
-        draft_properties: OpenVINO properties of the draft. None takes `properties` if both run on one device, else none.
+        draft_properties: OpenVINO properties of the draft. None takes `properties` where both run on one device.
     """
 
     device: str = "CPU"

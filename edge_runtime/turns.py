@@ -105,7 +105,7 @@ class Turn:
     """One request's part in taking turns.
 
     Args:
-        turns: Of the models.
+        turns: Who may use the models now.
         steps: The request; it calls the methods below.
     """
 
