@@ -89,6 +89,9 @@ class EdgeLLM:
             drafting = _load_model(draft, draft_manifest, config.for_draft())
             drafting.warm_up()  # its first run comes in the middle of an answer
             drafter = DraftModel(drafting, target.model.vocab_size)
+        from edge_runtime.turn_ends import answer_ends
+
+        manifest = dataclasses.replace(manifest, eos_token_ids=answer_ends(folder, manifest, tokenizer.result()))
         return cls(Engine(target, drafter), tokenizer.result(), manifest, time.perf_counter() - started)
 
     @property

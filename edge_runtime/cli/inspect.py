@@ -105,8 +105,20 @@ def _report(folder: Path, manifest: Manifest, shape: dict[str, int], attention: 
         "mlp": manifest.mlp and vars(manifest.mlp),
         "attention": manifest.attention and manifest.attention.to_json(),
         "sliding_window": None if manifest.attention else _sliding_window(folder),
+        "turn_ends": _turn_ends(folder, manifest),
         "kv_bytes": [_kv_bytes(tokens, shape, attention) for tokens in _contexts(manifest.context_length)],
     }
+
+
+def _turn_ends(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """Return the tokens that end an answer; their text is None where the folder has no tokenizer.json."""
+    from edge_runtime.tokenizer import TOKENIZER_NAME, Tokenizer
+    from edge_runtime.turn_ends import answer_ends
+
+    if not (folder / TOKENIZER_NAME).is_file():
+        return [{"id": token_id, "token": None} for token_id in manifest.eos_token_ids]
+    tokenizer = Tokenizer(folder)
+    return [{"id": i, "token": tokenizer.token(i)} for i in answer_ends(folder, manifest, tokenizer)]
 
 
 def _sliding_window(folder: Path) -> int | None:
@@ -148,6 +160,7 @@ def _print_report(report: dict[str, Any], attention: AttentionPattern) -> None:
         "layers": f"{report['num_layers']}, each with {report['num_heads']} query heads and "
         f"{report['num_kv_heads']} KV heads of size {report['head_size']}",
         "MLPs": _mlp_words(report["mlp"]),
+        "turn ends": _turn_end_words(report["turn_ends"]),
     }
     for name, value in lines.items():
         print(f"{name:14}{value}")
@@ -158,6 +171,12 @@ def _print_report(report: dict[str, Any], attention: AttentionPattern) -> None:
     print(f"\n{'tokens':>10} {'keys and values, u8':>22} {'of full attention':>19}")
     for row in report["kv_bytes"]:
         print(f"{row['tokens']:>10,} {row['bytes'] / 1e6:>19,.1f} MB {row['bytes'] / row['bytes_if_full']:>18.1%}")
+
+
+def _turn_end_words(ends: list[dict[str, Any]]) -> str:
+    if not ends:
+        return "none: every answer runs to its length limit"
+    return ", ".join(f"token {end['id']}" if end["token"] is None else f"{end['token']} ({end['id']})" for end in ends)
 
 
 def _mlp_words(mlp: dict[str, Any] | None) -> str:

@@ -25,11 +25,10 @@ from edge_export.quiet import quiet
 from edge_export.record import check_same, plain, write_json
 from edge_export.sources import Source, load_config, open_source
 from edge_export.staging import staged
-from edge_export.tokenizer_files import save_tokenizer
+from edge_export.tokenizer_files import library_tokenizer, save_tokenizer
 from edge_export.train import CHECKPOINT, Progress, TrainConfig, best_precision, next_token_loss, processes, train
 from edge_runtime.errors import ConfigError
 from edge_runtime.outputs import check_apart, check_output, check_work_folder, claimed, empty
-from edge_runtime.tokenizer import TOKENIZER_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -204,8 +203,6 @@ def _windows(
     recipe: AdaptRecipe, origin: Source, config: Any, work: Path, is_main: bool, on_progress: OnProgress
 ) -> tuple[Windows, Windows]:
     """Return the windows to train on, shuffled, and those held out."""
-    from tokenizers import Tokenizer
-
     length = recipe.window or min(1024, getattr(config, "max_position_embeddings", None) or 1024)
     end = config.eos_token_id
     end_of_text = end[0] if isinstance(end, list) else end or 0
@@ -213,9 +210,11 @@ def _windows(
     def made() -> Windows:
         files = corpus.text_files(recipe.text)
         folder = work / "tokenizer"
+        folder.mkdir(exist_ok=True)
         save_tokenizer(origin, folder)
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_NAME))
-        tokens = corpus.tokenize(files, tokenizer, end_of_text, lambda n, of: on_progress("read text", n, of, ""))
+        tokens = corpus.tokenize(
+            files, library_tokenizer(folder), end_of_text, lambda n, of: on_progress("read text", n, of, "")
+        )
         return corpus.cut(tokens, length)
 
     trained, held_out = corpus.split(corpus.load_or_make(work / "windows.npy", made, is_main=is_main))

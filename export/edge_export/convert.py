@@ -56,6 +56,7 @@ from edge_runtime.manifest import MODEL_NAME, Manifest, load_manifest
 from edge_runtime.outputs import check_apart, check_output
 from edge_runtime.paged_graph import first_line
 from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.turn_ends import further_ends
 
 STAGES = ("read", "convert", "compress", "verify", "write")
 Progress = Callable[[str, int, int], None]
@@ -167,8 +168,9 @@ def export_model(
             text = _calibration_text(calibration_text)
             config = load_config(origin)
             pattern = _pattern(config, attention)
-            tokenizer = save_tokenizer(origin, folder)
-            _save_configs(origin, config, folder)
+            saved = save_tokenizer(origin, folder)
+            tokenizer = saved.tokenizer
+            _save_configs(origin, folder)
             windows = _calibration_windows(text, tokenizer, config)
             if thresholds is None:
                 mlp_form.check_text(windows)
@@ -186,7 +188,9 @@ def export_model(
                 fuse_mlps(model, reference.sparsity.thresholds if reference.sparsity else None)
             ov.save_model(model, folder / MODEL_NAME, compress_to_fp16=False)
             del model  # the runtime is about to load it again
-            manifest = _manifest(folder, origin, config, reference, form, mlp_form, pattern)
+            manifest, end_notes = _with_turn_ends(
+                _manifest(folder, origin, config, reference, form, mlp_form, pattern), folder, tokenizer
+            )
             manifest.save(folder)
         with stage("verify"):
             verification = verify.verify_logits(folder, manifest, reference.token_ids, reference.logits)
@@ -199,7 +203,7 @@ def export_model(
         num_bytes=num_bytes,
         verification=verification,
         sparsity=reference.sparsity,
-        notes=(*origin.notes(weights), *_group_notes(group_size, form)),
+        notes=(*origin.notes(weights), *_group_notes(group_size, form), *saved.notes, *end_notes),
     )
 
 
@@ -247,14 +251,11 @@ def _disk_bytes(source: Source, weights: str) -> int:
     return int(source.weight_bytes / stored * (graph + _BYTES_PER_WEIGHT[weights]))
 
 
-def _save_configs(source: Source, config: Any, folder: Path) -> None:
-    from transformers import GenerationConfig
-
+def _save_configs(source: Source, folder: Path) -> None:
+    """Write what describes the model; transformers would fill in the family's defaults, tokens that end answers too."""
     (folder / "config.json").write_text(strict_json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
     if (source.folder / "generation_config.json").is_file():
         shutil.copyfile(source.folder / "generation_config.json", folder / "generation_config.json")
-    else:
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
 def _context_length(config: Any) -> int | None:
@@ -375,3 +376,13 @@ def _manifest(
         attention=pattern,
         versions={"edge-runtime": edge_runtime.__version__, **{name: version(name) for name in _MADE_WITH}},
     )
+
+
+def _with_turn_ends(manifest: Manifest, folder: Path, tokenizer: Tokenizer) -> tuple[Manifest, list[str]]:
+    """Return a manifest with every token that ends an answer, and lines on what its configs do not say."""
+    further = further_ends(folder, manifest.eos_token_ids, tokenizer)
+    ends = (*manifest.eos_token_ids, *further)
+    if not ends:
+        return manifest, ["warning: the model names no token that ends an answer: answers run to their length limit"]
+    notes = [f"answers also end at `{tokenizer.token(i)}` (id {i}), named by {place}" for i, place in further.items()]
+    return dataclasses.replace(manifest, eos_token_ids=ends), notes

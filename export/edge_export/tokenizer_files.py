@@ -1,30 +1,81 @@
-"""The tokenizer of an exported model: a tokenizer.json that gives the ids that transformers gives.
+"""The tokenizer of an exported model: the source's own tokenizer.json, or one made of its other files.
 
-The runtime reads tokenizer.json through the `tokenizers` library alone. transformers may add rules of its own in Python
-(legacy spacing, begin-of-text), so the two are compared on texts that expose such rules.
+tokenizer.json is what a model was trained with, so it is copied byte for byte. transformers keeps the vocabulary of the
+file and puts rules of its class around it (version 5 splits a byte-level tokenizer labelled `LlamaTokenizer` as if it
+were sentencepiece, and loses the spaces), so it is asked only where there is no tokenizer.json. What
+tokenizer_config.json adds is taken over where it cannot be meant otherwise:
+
+    add_bos_token, add_eos_token   where set for a class that heeded them when models were made with it: DeepSeek's R1
+                                   models get their first token from there alone
+    added_tokens_decoder           a token that tokenizer.json lacks, where it gets the id that is named for it
+
+Every difference is a note of the export. Ids are then compared on texts that expose such rules.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from edge_export.quiet import quiet
 from edge_export.sources import Source
-from edge_runtime.errors import ExportError
+from edge_runtime.errors import ConfigError, ExportError
+from edge_runtime.manifest import read_json
 from edge_runtime.tokenizer import TOKENIZER_NAME, Tokenizer
 
-SAMPLE_TEXTS = (
+if TYPE_CHECKING:
+    import tokenizers
+
+TOKENIZER_FILES = (
+    TOKENIZER_NAME,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a tokenizer consists of, for us and for transformers."""
+PLAIN_TEXTS = (
+    "How are you doing?",
     "Once upon a time, there was a little fox.",
     "  two spaces before,\ttab,\n\nblank line and trailing space ",
-    "def add(left, right):\n    return left + right  # 1234567890 3.14 0xFF",
+    "runs of      spaces,\t\ttabs and\n\n\n\nlines\r\n",
+    "def add(left, right):\n    return left + right  # 1234567890 3.14 0xFF 1,000,000",
     "Zwölf Boxkämpfer jagen Viktor; où est le garçon naïf?",
     "Съешь же ещё этих мягких французских булок.",
-    "敏捷的棕色狐狸跳过懒狗。すばやい茶色の狐。",
+    "敏捷的棕色狐狸跳过懒狗。すばやい茶色の狐。빠른 갈색 여우",
     "مرحبا بالعالم שלום עולם नमस्ते दुनिया",
     "👩‍👩‍👧‍👦 🦊 🇩🇪 e\u0301 ﬁ \u200b end",
     "",
 )
+CHAT_TEXTS = (
+    "<|im_start|>user\n Hi there<|im_end|>\n<|im_start|>assistant\n",
+    "<s>[INST] Hi there [/INST] Hello </s>",
+    "<|user|>\n Hi there<|end|>\n<|assistant|>\n",
+    "<start_of_turn>user\nHi<end_of_turn>\n",
+)
+CLASSES_THAT_SET_ENDS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
+"""Those whose add_bos_token and add_eos_token transformers 4 put in the place of what tokenizer.json has."""
+MAX_ADDED_TOKENS = 64
+"""Most added tokens that the comparison puts into texts, half of them the first and half the last."""
 _SOURCES = (TOKENIZER_NAME, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedTokenizer:
+    """A tokenizer that was written.
+
+    Attributes:
+        tokenizer: It, as the runtime reads it.
+        notes: Lines on what was decided where the source's files disagree.
+    """
+
+    tokenizer: Tokenizer
+    notes: tuple[str, ...] = ()
 
 
 def check_tokenizer(source: Source) -> None:
@@ -36,38 +87,316 @@ def check_tokenizer(source: Source) -> None:
         )
 
 
-def save_tokenizer(source: Source, folder: Path) -> Tokenizer:
-    """Write the tokenizer's files into `folder` and return it as the runtime reads it.
+def save_tokenizer(source: Source, folder: Path) -> SavedTokenizer:
+    """Write the tokenizer's files into `folder`.
 
     Raises:
-        ExportError: The source has no tokenizer, or its ids cannot be had from a tokenizer.json.
+        ExportError: The source has no tokenizer, or one whose ids cannot be reproduced.
     """
     check_tokenizer(source)
-    original = _load(source)
+    saved = (_copy if (source.folder / TOKENIZER_NAME).is_file() else _convert)(source, folder)
+    return SavedTokenizer(tokenizer=saved.tokenizer, notes=(*saved.notes, *_check_rows(source, saved.tokenizer)))
+
+
+def copy_files(origin: Path, folder: Path) -> None:
+    """Put those of the tokenizer's files that `origin` has, byte for byte, into a folder."""
+    for name in TOKENIZER_FILES:
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, folder / name)
+
+
+def library_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    """Return a folder's tokenizer.json as the `tokenizers` library reads it; texts are neither cut nor padded.
+
+    Raises:
+        ExportError: The file is damaged.
+    """
+    import tokenizers
+
+    path = folder / TOKENIZER_NAME
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every kind of damage
+        raise _unreadable(path, error) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _copy(source: Source, folder: Path) -> SavedTokenizer:
+    """Copy tokenizer.json and what belongs to it; rewrite it only for what tokenizer_config.json adds."""
+    copy_files(source.folder, folder)
+    own, config = library_tokenizer(source.folder), read_json(source.folder / "tokenizer_config.json")
+    saved = Tokenizer(folder)
+    notes = [*_add_missing_tokens(own, source.folder, config), *_set_ends(own, saved, config)]
+    if notes:
+        own.save(str(folder / TOKENIZER_NAME))
+        saved = Tokenizer(folder)
+    texts = _texts(own)
+    for special in (True, False):
+        expected = [encoding.ids for encoding in own.encode_batch(texts, add_special_tokens=special)]
+        _check_equal(texts, expected, _encoded(saved, texts, special), "the source's own file")
+    notes += [*_flag_notes(own, config), *_transformers_notes(source, saved, texts)]
+    return SavedTokenizer(tokenizer=saved, notes=tuple(notes))
+
+
+def _convert(source: Source, folder: Path) -> SavedTokenizer:
+    """Have transformers make a tokenizer.json of the files that the source has instead."""
+    pieces = _sentencepiece_model(source.folder)
+    original = _transformers_tokenizer(source)
     original.save_pretrained(folder)
     if not (folder / TOKENIZER_NAME).is_file():
         raise ExportError(f"the tokenizer of `{source.name}` exists only as Python code, expected {TOKENIZER_NAME}")
+    copy_files(source.folder, folder)
+    if pieces is None:
+        texts = _texts(library_tokenizer(folder))
+        expected = [original(text)["input_ids"] for text in texts]
+        _check_equal(texts, expected, _encoded(Tokenizer(folder), texts), "transformers")
+    else:
+        expected = [pieces.encode(text) for text in PLAIN_TEXTS]
+        if _encoded(Tokenizer(folder), PLAIN_TEXTS, special=False) != expected:
+            _prepend_space(folder)
+        _check_equal(PLAIN_TEXTS, expected, _encoded(Tokenizer(folder), PLAIN_TEXTS, special=False), "sentencepiece")
     saved = Tokenizer(folder)
-    _compare(original, saved)
-    return saved
-
-
-def _load(source: Source) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception for every kind of damage
+    if (lost := _lost_spaces(saved)) is not None:
         raise ExportError(
-            f"the tokenizer in `{source.folder}` cannot be read: {str(error).splitlines()[0]}",
-            "copy or download the model again",
-        ) from error
+            f"transformers makes a tokenizer of the files in `{source.folder}` that turns {PLAIN_TEXTS[0]!r} into "
+            f"{lost!r}",
+            f"copy the original model's {TOKENIZER_NAME} there",
+        )
+    return SavedTokenizer(tokenizer=saved, notes=(f"{TOKENIZER_NAME} was made by transformers: the source has none",))
 
 
-def _compare(original: Any, saved: Tokenizer) -> None:
-    for text in SAMPLE_TEXTS:
-        expected, got = original(text)["input_ids"], saved.encode(text)
-        if got != expected:
+def _sentencepiece_model(folder: Path) -> Any:
+    """Return the sentencepiece model in a folder; None where there is none.
+
+    Raises:
+        ExportError: The package that reads it is not installed.
+    """
+    for path in folder.glob("*.model"):
+        package = "sentencepiece" if path.read_bytes()[:1] == b"\n" else "tiktoken"  # a protobuf, or lines of base64
+        if importlib.util.find_spec(package) is None:
             raise ExportError(
-                f"{TOKENIZER_NAME} splits {text!r} into {got[:8]} ..., transformers into {expected[:8]} ..."
+                f"`{path}` can only be read with the package {package}, which is not installed",
+                f"pip install {package}, or copy the original model's {TOKENIZER_NAME} there",
             )
+        if package == "sentencepiece":
+            import sentencepiece  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+            try:
+                return sentencepiece.SentencePieceProcessor(model_file=str(path))
+            except RuntimeError as error:
+                raise _unreadable(folder, error) from error
+    return None
+
+
+def _prepend_space(folder: Path) -> None:
+    """Let every text begin with one more space, as in sentencepiece and in the tokenizer.json of Llama 2.
+
+    transformers' Metaspace leaves it out where a text begins with a space of its own.
+    """
+    from tokenizers import normalizers
+
+    own = library_tokenizer(folder)
+    own.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    own.pre_tokenizer = None
+    own.save(str(folder / TOKENIZER_NAME))
+
+
+def _encoded(saved: Tokenizer, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+    return [saved.encode(text, add_special_tokens=special) for text in texts]
+
+
+def _transformers_tokenizer(source: Source) -> Any:
+    try:
+        with quiet():
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception for every kind of damage
+        raise _unreadable(source.folder, error) from error
+
+
+def _unreadable(place: Path, error: Exception) -> ExportError:
+    return ExportError(
+        f"the tokenizer in `{place}` cannot be read: {_first_line(error)}", "copy or download the model again"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# --- what tokenizer_config.json says beyond tokenizer.json ------------------------------------------------------------
+
+
+def _add_missing_tokens(own: tokenizers.Tokenizer, folder: Path, config: dict[str, Any]) -> list[str]:
+    """Add the tokens that only tokenizer_config.json or added_tokens.json knows.
+
+    Raises:
+        ExportError: One has an id that means something else, or that it would not get.
+    """
+    import tokenizers
+
+    added = []
+    for token_id, entry in _named_tokens(folder, config):
+        content = entry["content"]
+        if token_id in own.get_added_tokens_decoder() and own.token_to_id(content) == token_id:
+            continue
+        own.add_tokens([tokenizers.AddedToken(**entry)])
+        if own.token_to_id(content) != token_id:
+            raise ExportError(
+                f"tokenizer_config.json names token {token_id} {content!r}, {TOKENIZER_NAME} "
+                f"{own.id_to_token(token_id)!r}",
+                "copy all tokenizer files from the same version of the original model",
+            )
+        added.append(content)
+    if not added:
+        return []
+    return [f"{TOKENIZER_NAME} lacks {_some(added)} of tokenizer_config.json: added with the ids named there"]
+
+
+def _named_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """Return ids and AddedToken fields of what the files beside tokenizer.json call added tokens, by id."""
+    named = config.get("added_tokens_decoder")
+    if named is None:
+        contents = read_json(folder / "added_tokens.json")
+        return sorted((token_id, {"content": content}) for content, token_id in contents.items())
+    fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return sorted(
+        (int(token_id), {name: entry[name] for name in fields if name in entry}) for token_id, entry in named.items()
+    )
+
+
+def _set_ends(own: tokenizers.Tokenizer, saved: Tokenizer, config: dict[str, Any]) -> list[str]:
+    """Let add_bos_token and add_eos_token decide what is put around a text, where they are set and were heeded."""
+    from tokenizers.processors import TemplateProcessing
+
+    if str(config.get("tokenizer_class")).removesuffix("Fast") not in CLASSES_THAT_SET_ENDS:
+        return []
+    plain, whole = own.encode("a", add_special_tokens=False).ids, own.encode("a").ids
+    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    around = whole[:start], whole[start + len(plain) :]
+    tokens = [saved.special_token("bos_token"), saved.special_token("eos_token")]
+    ids = [own.token_to_id(token) if token else None for token in tokens]
+    if any(set(some) - {token_id} for some, token_id in zip(around, ids, strict=True)):
+        return []  # other tokens than these two: no setting speaks of them
+    has = [bool(some) for some in around]
+    flags = [config.get("add_bos_token"), config.get("add_eos_token")]
+    wants = [
+        flag if isinstance(flag, bool) and token_id is not None else now
+        for flag, token_id, now in zip(flags, ids, has, strict=True)
+    ]
+    if wants == has:
+        return []
+    before, after = (_around_text(tokens, which) for which in (has, wants))
+    named = [(token, token_id) for token, token_id in zip(tokens, ids, strict=True) if token_id is not None]
+    own.post_processor = TemplateProcessing(single=after, special_tokens=named)
+    told = [" ".join(form).replace("$A", "TEXT") for form in (after, before)]
+    return [f"tokenizer_config.json sets add_bos_token or add_eos_token: a text is read as {told[0]}, not as {told[1]}"]
+
+
+def _around_text(tokens: Sequence[str | None], are_there: Sequence[bool]) -> list[str]:
+    """Return the pieces of a text as TemplateProcessing names them."""
+    begin, end = ([token] if token and is_there else [] for token, is_there in zip(tokens, are_there, strict=True))
+    return [*begin, "$A", *end]
+
+
+# --- what is only told ------------------------------------------------------------------------------------------------
+
+
+def _flag_notes(own: tokenizers.Tokenizer, config: dict[str, Any]) -> list[str]:
+    """Tell of tokens that are special in one file only: those are hidden in an answer, the others are shown."""
+    named = config.get("added_tokens_decoder") or {}
+    other = [
+        token.content
+        for token_id, token in own.get_added_tokens_decoder().items()
+        if bool(named.get(str(token_id), {}).get("special", token.special)) != token.special
+    ]
+    if not other:
+        return []
+    return [f"tokenizer_config.json and {TOKENIZER_NAME} differ in whether {_some(other)} is special: as in the latter"]
+
+
+def _transformers_notes(source: Source, saved: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """Tell where transformers reads the source's tokenizer otherwise than its own tokenizer.json says."""
+    try:
+        original = _transformers_tokenizer(source)
+    except ExportError:
+        return []  # nobody else reads it either
+    for text in texts:
+        theirs = original(text, add_special_tokens=False)["input_ids"]
+        if theirs != (ours := saved.encode(text, add_special_tokens=False)):
+            return [
+                f"transformers ({type(original).__name__}) splits {text!r:.40} into {_ids(theirs)}, {TOKENIZER_NAME} "
+                f"into {_ids(ours)}: exported as the file has it"
+            ]
+    return []
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _texts(own: tokenizers.Tokenizer) -> list[str]:
+    """Return the texts on which ids are compared: words of all kinds, and each added token within and around words."""
+    added = [token.content for token in own.get_added_tokens_decoder().values()]
+    half = MAX_ADDED_TOKENS // 2
+    some = added if len(added) <= MAX_ADDED_TOKENS else added[:half] + added[-half:]
+    return [
+        *PLAIN_TEXTS,
+        *CHAT_TEXTS,
+        *(f"{token}user\n How are you?{token}\nFine {token} \n{token}" for token in some),
+    ]
+
+
+def _check_equal(texts: Sequence[str], expected: Sequence[list[int]], got: Sequence[list[int]], who: str) -> None:
+    for text, theirs, ours in zip(texts, expected, got, strict=True):
+        if theirs != ours:
+            raise ExportError(
+                f"the exported {TOKENIZER_NAME} splits {text!r:.60} into {_ids(ours)}, {who} into {_ids(theirs)}",
+                "please report the model",
+            )
+
+
+def _lost_spaces(saved: Tokenizer) -> str | None:
+    """Return what a plain sentence comes back as where its words do not come back apart; None where they do."""
+    text = PLAIN_TEXTS[0]
+    back = saved.decode(saved.encode(text, add_special_tokens=False))
+    return None if back.lower().split() == text.lower().split() else back
+
+
+def _check_rows(source: Source, saved: Tokenizer) -> list[str]:
+    """Tell of token ids that the model has no embedding for, as long as neither texts nor chats have them.
+
+    Raises:
+        ExportError: They have.
+    """
+    rows = (source.config.get("text_config") or source.config).get("vocab_size")
+    if not isinstance(rows, int):
+        return []
+    largest = max((*(i for text in PLAIN_TEXTS for i in saved.encode(text)), *_chat_ids(saved)), default=0)
+    if largest >= rows:
+        raise ExportError(
+            f"the tokenizer gives token id {largest}, the model's vocabulary has {rows}",
+            "copy the tokenizer's files from the original model",
+        )
+    beyond = [str(saved.token(token_id)) for token_id in sorted(saved.added_token_ids) if token_id >= rows]
+    return [f"the model's vocabulary of {rows} has no {_some(beyond)}: a prompt cannot hold it"] if beyond else []
+
+
+def _chat_ids(saved: Tokenizer) -> list[int]:
+    """Return the ids of a chat; none where the model has no template, or one that refuses it."""
+    try:
+        return saved.apply_chat_template([{"role": "user", "content": PLAIN_TEXTS[0]}])
+    except ConfigError:
+        return []
+
+
+def _ids(token_ids: Iterable[int]) -> str:
+    some = list(token_ids)
+    return f"{some[:8]}"[:-1] + (", ...]" if len(some) > 8 else "]")
+
+
+def _some(tokens: Sequence[str]) -> str:
+    more = f" and {len(tokens) - 1} more" if len(tokens) > 1 else ""
+    return f"`{tokens[0]}`{more}"

@@ -60,3 +60,17 @@ def test_a_folder_without_layer_sizes_is_named(edge_run, hybrid):
     failed = edge_run("inspect", hybrid)
     assert failed.code == 1
     assert "config.json` has no 'num_hidden_layers'" in failed.err
+
+
+def test_turn_ends_are_shown(edge_run, hybrid):
+    """A chat that runs on into the next turn is explained by what is missing here."""
+    assert "turn ends     <|end|> (0)\n" in edge_run("inspect", hybrid).out
+    assert edge_run("inspect", hybrid, "--json").json["turn_ends"] == [{"id": 0, "token": "<|end|>"}]
+
+
+def test_a_model_without_turn_ends_and_one_without_tokenizer_are_shown(edge_run, hybrid):
+    (hybrid / "tokenizer.json").unlink()
+    assert "turn ends     token 0\n" in edge_run("inspect", hybrid).out
+    dataclasses.replace(load_manifest(hybrid), eos_token_ids=()).save(hybrid)
+    assert "turn ends     none: every answer runs to its length limit\n" in edge_run("inspect", hybrid).out
+    assert edge_run("inspect", hybrid, "--json").json["turn_ends"] == []

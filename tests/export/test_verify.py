@@ -9,8 +9,7 @@ import openvino as ov
 import pytest
 from openvino import opset13
 
-from edge_export import tokenizer_files, verify
-from edge_export.sources import open_source
+from edge_export import verify
 from edge_runtime.errors import ExportError
 from edge_runtime.manifest import MODEL_NAME, load_manifest
 from edge_runtime.tokenizer import Tokenizer
@@ -81,23 +80,3 @@ def _scale_down_projection(folder, factor):
     del model
     for suffix in (".xml", ".bin"):
         (folder / "changed.xml").with_suffix(suffix).replace((folder / MODEL_NAME).with_suffix(suffix))
-
-
-def test_tokenizer_that_splits_otherwise_is_refused(tiny_hf, tmp_path, monkeypatch):
-    """transformers adds a token in Python that tokenizer.json knows nothing of."""
-    load = tokenizer_files._load
-
-    def with_extra_token(source):
-        original = load(source)
-
-        class Extra:
-            save_pretrained = original.save_pretrained
-
-            def __call__(self, text):
-                return {"input_ids": [0, *original(text)["input_ids"]]}
-
-        return Extra()
-
-    monkeypatch.setattr(tokenizer_files, "_load", with_extra_token)
-    with pytest.raises(ExportError, match=r"tokenizer\.json splits 'Once upon a time"):
-        tokenizer_files.save_tokenizer(open_source(tiny_hf("llama")), tmp_path)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_export.tokenizer_files import copy_files, library_tokenizer
 from edge_runtime.errors import ConfigError, ModelFormatError, ModelPairError
 from edge_runtime.manifest import MODEL_NAME, Manifest, load_manifest, read_json
-from edge_runtime.tokenizer import TOKENIZER_NAME
+from edge_runtime.tokenizer import TOKENIZER_NAME, Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
 
-TOKENIZER_FILES = (
-    TOKENIZER_NAME,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "added_tokens.json",
-)
 LONGEST_WINDOW = 1024
 
 
@@ -64,22 +57,15 @@ class Target:
     @property
     def has_chat_template(self) -> bool:
         """Whether the tokenizer says how a chat is written."""
-        is_in_config = bool(read_json(self.folder / "tokenizer_config.json").get("chat_template"))
-        return is_in_config or (self.folder / "chat_template.jinja").is_file()
+        return Tokenizer(self.folder).has_chat_template
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Return the tokenizer for whole corpora."""
-        import tokenizers
-
-        tokenizer = tokenizers.Tokenizer.from_file(str(self.folder / TOKENIZER_NAME))
-        tokenizer.no_truncation()
-        return tokenizer
+        return library_tokenizer(self.folder)
 
     def copy_tokenizer(self, folder: Path) -> None:
         """Put the tokenizer's files, byte for byte, into a folder."""
-        for name in TOKENIZER_FILES:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, folder / name)
+        copy_files(self.folder, folder)
 
     def check_draft(self, config: Any, where: Path) -> None:
         """Refuse a draft to start from whose vocabulary is another.
