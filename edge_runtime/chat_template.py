@@ -128,7 +128,7 @@ class _CompiledTemplate:
         content = message.get("content")
         if content is None and "tool_calls" not in self._source:
             raise ConfigError(
-                f"message {i} has tool calls in place of a text, which the model's chat template does not know",
+                f"message {i} has tool calls in place of a text, which the model's chat template does not support",
                 "use a model that calls tools",
             )
         if isinstance(content, str) and not self._understands_texts:
@@ -185,7 +185,7 @@ def _check_part(i: int, part: Any) -> None:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind != "text":
         named = f"a part of type {kind!r:.40}" if kind else f"the part {part!r:.40}"
-        raise ConfigError(f"message {i} holds {named}, this model reads text alone", "leave it out")
+        raise ConfigError(f"message {i} holds {named}, but this model reads only text", "leave it out of the message")
     if not isinstance(part.get("text"), str):
         raise ConfigError(f"message {i} holds the part {part!r:.60}, expected a text in its entry `text`")
 
@@ -242,7 +242,7 @@ def _read_text(path: Path) -> str:
             f"`{path}` is not UTF-8 at byte {error.start}", "copy it from the original model, or save it as UTF-8"
         ) from error
     except OSError as error:
-        raise ModelFormatError(f"`{path}` cannot be read: {error.strerror}", "copy it again") from error
+        raise ModelFormatError(f"`{path}` cannot be read: {error.strerror}", "copy the model folder again") from error
 
 
 def _named_tokens(config: Mapping[str, Any], legacy: Mapping[str, Any]) -> dict[str, str]:

@@ -80,7 +80,7 @@ def check_output(output: Path, *, overwrite: bool = False) -> Path:
     if output.is_symlink() and not output.exists():
         raise ConfigError(f"output `{output}` is a link to `{os.readlink(output)}`, which does not exist")
     if output.exists() and not output.is_dir():
-        raise ConfigError(f"output `{output}` is a file, expected a folder that may be made", "give another name")
+        raise ConfigError(f"output `{output}` is a file, expected a folder", "give another name")
     place = output.resolve()
     if place.is_dir():
         _check_replaceable(output, place, overwrite)
@@ -115,7 +115,7 @@ def check_work_folder(work: Path) -> None:
     """
     is_ours = work.is_dir() and ((work / LOCK_NAME).is_file() or not any(work.iterdir()))
     if work.is_symlink() or (work.exists() and not is_ours):
-        raise ConfigError(f"`{work}` is in the way and edge-run did not make it", "move it, or name another output")
+        raise ConfigError(f"`{work}` is in the way, and edge-run did not create it", "move it, or name another output")
 
 
 def empty(work: Path) -> None:

@@ -169,7 +169,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             TemplateError: It is too long, or not a template.
         """
         if len(source) > LONGEST_SOURCE:
-            raise TemplateError(f"it has {len(source)} characters, at most {LONGEST_SOURCE} are read")
+            raise TemplateError(f"it has {len(source)} characters, expected at most {LONGEST_SOURCE}")
         return self.from_string(source)
 
     def render(self, template: Template, variables: Mapping[str, Any]) -> str:

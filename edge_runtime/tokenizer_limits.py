@@ -38,7 +38,7 @@ def check_file(path: Path) -> None:
     """Refuse a tokenizer.json that is too large to be one."""
     if path.stat().st_size > LARGEST_FILE_BYTES:
         raise ModelFormatError(
-            f"`{path}` has {path.stat().st_size >> 20} MiB, at most {LARGEST_FILE_BYTES >> 20} are read",
+            f"`{path}` has {path.stat().st_size >> 20} MiB, expected at most {LARGEST_FILE_BYTES >> 20}",
             "copy it from the original model",
         )
 
@@ -46,7 +46,7 @@ def check_file(path: Path) -> None:
 def check_text(text: Any) -> None:
     """Refuse a text that is too long to encode."""
     if isinstance(text, str) and len(text) > LONGEST_TEXT:
-        raise ConfigError(f"the text has {len(text)} characters, at most {LONGEST_TEXT} are encoded", "cut it")
+        raise ConfigError(f"the text has {len(text)} characters, expected at most {LONGEST_TEXT}", "shorten it")
 
 
 def check_growth(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
@@ -57,8 +57,8 @@ def check_growth(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
             growth *= _growth(rule)
         if growth > LARGEST_GROWTH:
             raise ModelFormatError(
-                f"`{path}` has rules that make a text up to {growth:.0f} times as long, at most {LARGEST_GROWTH} is "
-                "accepted",
+                f"`{path}` has rules that make a text up to {growth:.0f} times as long, expected at most "
+                f"{LARGEST_GROWTH} times",
                 "copy it from the original model",
             )
 

@@ -118,7 +118,12 @@ _OPTIONS: dict[str, _Option] = {
     "max_draft_tokens": _Option(ADVANCED, int, "K", "Draft at most K tokens a step with --num-draft-tokens auto."),
     "device": _Option(DEVICE, str, "NAME", "Device that runs the model: CPU, GPU, GPU.1 or NPU."),
     "draft_device": _Option(DEVICE, str, "NAME", "Device that runs the draft; by default the model's device."),
-    "precision": _Option(DEVICE, str, "TYPE", "Arithmetic: auto, f32, bf16, f16. f32 for exact reproducibility."),
+    "precision": _Option(
+        DEVICE,
+        str,
+        "TYPE",
+        "Arithmetic precision: auto, f32, bf16 or f16; in f32 drafting never changes a greedy answer.",
+    ),
     "num_threads": _Option(DEVICE, int, "N", "Number of CPU threads; 0 lets the device choose.", ("--threads",)),
     "context_length": _Option(
         DEVICE,
