@@ -25,7 +25,7 @@ GOLDEN, FIRST_FACTOR, SECOND_FACTOR = (
 """Constants of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", figure 17)."""
 UNIT = 2.0**-53
 CHUNK = 1 << 14
-"""Ids hashed at once: what they need stays in a core's own cache, where it takes a third of the time."""
+"""Tokens that race at once: what they need stays in a core's own cache, where it takes a third of the time."""
 
 
 class Noise:
@@ -46,14 +46,23 @@ class Noise:
             token_ids: (N,) distinct ids; None for 0 to N - 1.
             weights: (N,) non-negative, at least one above 0, not necessarily normalised.
         """
-        uniforms = self.uniforms(position, np.arange(len(weights)) if token_ids is None else token_ids)
-        # E = -log(1 - u) is at least u, so only tokens whose weight / u reaches the score of one of them can win.
-        bounds = weights / uniforms
-        promising = int(bounds.argmax())
-        least = _scores(weights[promising], uniforms[promising])
-        candidates = np.flatnonzero(bounds >= least)
-        index = int(candidates[_scores(weights[candidates], uniforms[candidates]).argmax()])
-        return index if token_ids is None else int(token_ids[index])
+        start = self._start(position)
+        best, winner = 0.0, 0
+        for begin in range(0, len(weights), CHUNK):
+            part = weights[begin : begin + CHUNK]
+            ids = np.arange(begin, begin + len(part)) if token_ids is None else token_ids[begin : begin + CHUNK]
+            uniforms = _uniforms(ids, start)
+            # E = -log(1 - u) is at least u, so only tokens whose weight / u reaches the best score can win.
+            bounds = part / uniforms
+            promising = bounds.argmax()
+            if bounds[promising] > best:
+                least = max(best, _scores(part[promising], uniforms[promising]))
+                candidates = np.flatnonzero(bounds >= least)
+                scores = _scores(part[candidates], uniforms[candidates])
+                first = scores.argmax()
+                if scores[first] > best:
+                    best, winner = float(scores[first]), int(ids[candidates[first]])
+        return winner
 
     def uniforms(self, position: int, token_ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return a number between 0 and 1, never one of them, for each token id, (N,).
@@ -61,13 +70,16 @@ class Noise:
         Each position has its own SplitMix64 stream, and a token id is an index into it. Integer arithmetic gives the
         same numbers on every machine and with every version of numpy.
         """
+        return _uniforms(token_ids, self._start(position))
+
+    def _start(self, position: int) -> np.uint64:
         digest = blake2b(f"{self._seed} {position}".encode(), digest_size=8).digest()
-        start = np.uint64(int.from_bytes(digest, "little"))
-        uniforms = np.empty(len(token_ids))
-        for begin in range(0, len(token_ids), CHUNK):
-            bits = token_ids[begin : begin + CHUNK].astype(np.uint64)
-            np.multiply(mixed(bits, start), UNIT, out=uniforms[begin : begin + CHUNK])
-        return uniforms
+        return np.uint64(int.from_bytes(digest, "little"))
+
+
+def _uniforms(token_ids: NDArray[np.int64], start: np.uint64) -> NDArray[np.float64]:
+    uniforms: NDArray[np.float64] = mixed(token_ids.astype(np.uint64), start) * UNIT
+    return uniforms
 
 
 def _scores(weights: NDArray[Any], uniforms: NDArray[np.float64]) -> NDArray[np.float64]:
