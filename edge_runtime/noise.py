@@ -56,8 +56,8 @@ class Noise:
             bounds = part / uniforms
             promising = bounds.argmax()
             if bounds[promising] > best:
-                least = max(best, _scores(part[promising], uniforms[promising]))
-                candidates = np.flatnonzero(bounds >= least)
+                least = _scores(part[[promising]], uniforms[[promising]])[0]
+                candidates = np.flatnonzero(bounds >= max(best, float(least)))
                 scores = _scores(part[candidates], uniforms[candidates])
                 first = scores.argmax()
                 if scores[first] > best:
@@ -78,8 +78,7 @@ class Noise:
 
 
 def _uniforms(token_ids: NDArray[np.int64], start: np.uint64) -> NDArray[np.float64]:
-    uniforms: NDArray[np.float64] = mixed(token_ids.astype(np.uint64), start) * UNIT
-    return uniforms
+    return mixed(token_ids.astype(np.uint64), start).astype(np.float64) * UNIT
 
 
 def _scores(weights: NDArray[Any], uniforms: NDArray[np.float64]) -> NDArray[np.float64]:
