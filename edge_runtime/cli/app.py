@@ -229,12 +229,21 @@ def _explain(error: Exception, file: str | None = None) -> _Failure:
 
 def _explain_usage(error: Any) -> _Failure:
     help_hint = f"`{error.ctx.command_path} --help` lists the options" if error.ctx else None
-    option = getattr(error, "option_name", None)
-    near = getattr(error, "possibilities", None)
-    if option and near is not None:
-        hint = f"did you mean `{min(near, key=len)}`?" if near else None
-        return _Failure(f"unknown option `{option}`", hint or help_hint, error.exit_code)
+    if hasattr(error, "possibilities"):
+        near = _nearest_option(error)
+        return _Failure(
+            f"unknown option `{error.option_name}`", f"did you mean `{near}`?" if near else help_hint, error.exit_code
+        )
     message = " ".join(error.format_message().rstrip(".").split())
     if "extra argument" in message:
         help_hint = "put a text of several words in quotes"
     return _Failure(message[0].lower() + message[1:], help_hint, error.exit_code)
+
+
+def _nearest_option(error: Any) -> str | None:
+    """Return the option that an unknown one begins, or else resembles most."""
+    flags = (
+        [flag for parameter in error.ctx.command.get_params(error.ctx) for flag in parameter.opts] if error.ctx else []
+    )
+    begun = [flag for flag in flags if flag.startswith(error.option_name)]
+    return next(iter(begun or difflib.get_close_matches(error.option_name, flags, n=1)), None)

@@ -127,7 +127,7 @@ def test_folder_of_the_users_that_ends_in_partial_is_left_alone(hub, edge_run, t
     (tmp_path / "name.partial" / "thesis.txt").write_text("precious")
     done = edge_run("pull", "owner/name")
     assert done.code == 2
-    assert "edge-run did not make it" in done.err
+    assert "edge-run did not create it" in done.err
     assert names(tmp_path / "name.partial") == {"thesis.txt"}
 
 

@@ -206,6 +206,6 @@ def test_second_thread_at_one_place_is_refused(tmp_path):
 def test_folder_of_the_users_is_not_taken_for_a_work_folder(tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("precious")
-    with pytest.raises(ConfigError, match="edge-run did not make it"):
+    with pytest.raises(ConfigError, match="edge-run did not create it"):
         check_work_folder(tmp_path / "work")
     assert os.listdir(tmp_path / "work") == ["thesis.txt"]
