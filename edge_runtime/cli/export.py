@@ -20,7 +20,7 @@ _STRUCTURE = "Structure"
 
 def export(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Hugging Face folder or hub id, or an ONNX file or folder.")
+        str, typer.Argument(metavar="SOURCE", help="Hugging Face or LoRA folder or hub id, or an ONNX file or folder.")
     ],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="Output folder; by default ./NAME-WEIGHTS.")
@@ -45,6 +45,13 @@ def export(
             rich_help_panel=ADVANCED,
         ),
     ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Folder or hub id of the model that a LoRA folder is merged into; by default the folder it names.",
+        ),
+    ] = None,
     calibration_text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text file to calibrate int4 weights or --cats thresholds on.")
     ] = None,
@@ -112,6 +119,7 @@ def export(
             cats=cats,
             cats_method=cats_method,
             attention=attention,
+            base=base,
             overwrite=overwrite,
             progress=lambda stage, done, total: progress.update(task, description=stage, completed=done),
         )

@@ -183,7 +183,7 @@ def _adapt(
     with staged(output, overwrite=False) as folder:
         with quiet():
             adaptation.save(trained, folder)
-        save_tokenizer(origin, folder)
+        save_tokenizer(origin.of_tokenizer, folder)
         write_json(folder / "training.json", {"recipe": plain(recipe), **adaptation.settings(), **plain(made)})
     empty(work)
     return made
@@ -211,7 +211,7 @@ def _windows(
         files = corpus.text_files(recipe.text)
         folder = work / "tokenizer"
         folder.mkdir(exist_ok=True)
-        save_tokenizer(origin, folder)
+        save_tokenizer(origin.of_tokenizer, folder)
         tokens = corpus.tokenize(
             files, library_tokenizer(folder), end_of_text, lambda n, of: on_progress("read text", n, of, "")
         )

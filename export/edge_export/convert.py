@@ -110,13 +110,15 @@ def export_model(
     cats: float | None = None,
     cats_method: str = "cats",
     attention: str | None = None,
+    base: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Convert a causal language model into a model folder.
 
     Args:
-        source: A Hugging Face folder or hub id, or an ONNX file or folder with config.json and tokenizer beside it.
+        source: A Hugging Face or LoRA folder or hub id, or an ONNX file or folder with config.json and tokenizer beside
+            it.
         output: The folder to make.
         weights: `f32`, `f16`, `bf16`, `int8` or `int4`; `fp32` and `fp16` are the same as `f32` and `f16`.
         group_size: Weights that share a scale, with int4; -1 for whole output channels, None for as many as fit
@@ -130,6 +132,7 @@ def export_model(
         cats: Share of the MLPs' neurons to skip at each token, between 0 and 1; implies `fused`.
         cats_method: `cats` for one threshold in each layer, `chess` for one for each neuron.
         attention: What the layers see, in the words of `hybrid.patterns`; None for what the source says.
+        base: Folder or hub id of the model that a LoRA folder is merged into; None for the folder that it names.
         overwrite: Replace a model folder of ours that exists.
         progress: Called as each stage begins.
 
@@ -160,15 +163,17 @@ def export_model(
 
     with _one_line_errors(str(source)), staged(output, overwrite=overwrite) as folder:
         with stage("read"):
-            origin = open_source(source)
+            origin = open_source(source, base)
             check_apart(output, source=origin.onnx or origin.folder)
+            if origin.adapter:
+                check_apart(output, adapter=origin.adapter.folder)
             mlp_form, thresholds = _trained_thresholds(origin, mlp_form)
             _check_early(origin, form, mlp_form, attention)
             check_free_disk(output, _disk_bytes(origin, weights))
             text = _calibration_text(calibration_text)
             config = load_config(origin)
             pattern = _pattern(config, attention)
-            saved = save_tokenizer(origin, folder)
+            saved = save_tokenizer(origin.of_tokenizer, folder)
             tokenizer = saved.tokenizer
             _save_configs(origin, folder)
             windows = _calibration_windows(text, tokenizer, config)
@@ -231,7 +236,7 @@ def _root(error: Exception) -> Exception:
 def _check_early(source: Source, form: WeightFormat, mlp_form: MlpFormat, attention: str | None) -> None:
     """Refuse what the source's files and config.json rule out, before the seconds that torch takes to be imported."""
     check_family(source)
-    check_tokenizer(source)
+    check_tokenizer(source.of_tokenizer)
     mlp_form.check_weights(form.weights)
     check_groups(form, source.config, is_fused=mlp_form.is_fused)
     if source.onnx and mlp_form.cats is not None:
@@ -253,7 +258,7 @@ def _disk_bytes(source: Source, weights: str) -> int:
 
 def _save_configs(source: Source, folder: Path) -> None:
     """Write what describes the model; transformers would fill in the family's defaults, tokens that end answers too."""
-    (folder / "config.json").write_text(strict_json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(strict_json.dumps(source.merged_config, indent=2) + "\n", encoding="utf-8")
     if (source.folder / "generation_config.json").is_file():
         shutil.copyfile(source.folder / "generation_config.json", folder / "generation_config.json")
 

@@ -6,17 +6,19 @@ imported and gigabytes are read, what cannot become a language model folder.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_export.adapters import CONFIG_NAME, Adapter, read_adapter
 from edge_export.checkpoint_kinds import needs_own_code, no_weights, refuse_file, refuse_other_kinds
 from edge_export.quantization import Quantization, read_quantization, without_quantization
 from edge_export.quiet import quiet
 from edge_export.weight_files import find_weight_files, list_tensors
 from edge_runtime import hub_cache
-from edge_runtime.errors import DownloadError, ExportError
+from edge_runtime.errors import ConfigError, DownloadError, ExportError
 from edge_runtime.manifest import MODEL_NAME, read_json
 
 VERIFIED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2")
@@ -40,6 +42,7 @@ class Source:
         config: The content of config.json, without the description of a quantisation.
         weight_files: The files that hold a PyTorch checkpoint's weights.
         quantization: How they are quantised; None for plain ones.
+        adapter: The LoRA adapter to be merged into them; all of the above is then its base's.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Source:
     config: dict[str, Any]
     weight_files: tuple[Path, ...] = ()
     quantization: Quantization | None = None
+    adapter: Adapter | None = None
 
     @property
     def model_type(self) -> str:
@@ -69,34 +73,89 @@ class Source:
         plain_bits = 16 if self.is_sixteen_bit else 32
         return stored * plain_bits // self.quantization.num_bits if self.quantization else stored
 
+    @property
+    def merged_config(self) -> dict[str, Any]:
+        """The content of config.json once the adapter is merged, which may bring tokens of its own."""
+        num_tokens = self.adapter.num_tokens if self.adapter else None
+        return {**self.config, "vocab_size": num_tokens} if num_tokens else self.config
+
+    @property
+    def of_tokenizer(self) -> Source:
+        """The source as its tokenizer sees it: an adapter's own tokenizer is the one that it was trained with."""
+        has_own = self.adapter is not None and self.adapter.has_tokenizer
+        folder = self.adapter.folder if self.adapter and has_own else self.folder
+        return dataclasses.replace(self, folder=folder, config=self.merged_config)
+
     def notes(self, weights: str) -> tuple[str, ...]:
         """Return lines that say what was made of the source before it was exported as `weights`."""
-        if not self.quantization:
-            return ()
-        again = f"; as {weights} they are rounded a second time" if weights in ("int8", "int4") else ""
-        return (f"weights restored from {self.quantization.words}{again}",)
+        notes = []
+        if self.quantization:
+            again = f"; as {weights} they are rounded a second time" if weights in ("int8", "int4") else ""
+            notes.append(f"weights restored from {self.quantization.words}{again}")
+        if self.adapter:
+            notes.append(f"LoRA adapter `{self.adapter.folder}` merged into its base `{self.folder}`")
+        return tuple(notes)
 
 
-def open_source(source: str | Path) -> Source:
+def open_source(source: str | Path, base: str | Path | None = None) -> Source:
     """Find the files of a model, downloading them if `source` is a hub id.
 
+    Args:
+        source: A model folder, a LoRA folder, an ONNX file, or a hub id of any.
+        base: The model that a LoRA folder is merged into; None for the folder that it names.
+
     Raises:
+        ConfigError: A base is given for a source that is no LoRA folder.
         ExportError: There is no model there, or not one that can be exported.
         DownloadError: The hub cannot be reached, has no such model or does not give it out.
     """
+    found = _find(source)
+    if isinstance(found, Path):  # an ONNX file
+        opened = _onnx_source(found, found.name)
+    else:
+        folder, name = found
+        if adapter := read_adapter(folder):
+            return _adapted(adapter, base, name)
+        opened = _folder_source(folder, name)
+    if base is not None:
+        raise ConfigError(f"base is `{base}`, but `{source}` is no LoRA folder", "leave out --base")
+    return opened
+
+
+def _find(source: str | Path) -> Path | tuple[Path, str]:
+    """Return an ONNX file, or a folder and its name."""
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix != ".onnx":
             raise refuse_file(path)
-        return _onnx_source(path, path.name)
+        return path
     if path.is_dir():
         folder = hub_cache.resolve(path)
-        return _folder_source(folder, hub_cache.hub_id(folder.resolve()) or folder.resolve().name)
+        return folder, hub_cache.hub_id(folder.resolve()) or folder.resolve().name
     if not _HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
         raise ExportError(
             f"`{source}` does not exist", "give a model folder, a .onnx file or a hub id such as ORG/NAME"
         )
-    return _folder_source(_download(str(source)), str(source))
+    return _download(str(source)), str(source)
+
+
+def _adapted(adapter: Adapter, base: str | Path | None, name: str) -> Source:
+    if find_weight_files(adapter.folder):
+        raise ExportError(
+            f"`{adapter.folder}` holds a whole model and a LoRA adapter",
+            f"move {CONFIG_NAME} away to export the model, or the adapter to a folder of its own",
+        )
+    place = base or adapter.base_folder
+    if place is None:
+        raise ExportError(
+            f"`{adapter.folder}` is a LoRA adapter for `{adapter.base}`, which is no folder here",
+            f"name its base: `edge-run export {adapter.folder} --base {adapter.base or 'FOLDER'}`",
+        )
+    found = _find(place)
+    opened = None if isinstance(found, Path) or (found[0] / CONFIG_NAME).is_file() else _folder_source(*found)
+    if opened is None or opened.onnx:
+        raise ExportError(f"base `{place}` is no checkpoint, expected the model that the adapter was trained on")
+    return dataclasses.replace(opened, name=name, adapter=adapter)
 
 
 def _folder_source(folder: Path, name: str) -> Source:
@@ -184,7 +243,7 @@ def _download(hub_id: str) -> Path:
 
     try:
         folder = fetch(*_TEXT_FILES, _WEIGHTS[0])
-        return folder if list(folder.glob(_WEIGHTS[0])) else fetch(*_TEXT_FILES, _WEIGHTS[1])
+        return folder if list(folder.glob(_WEIGHTS[0])) else fetch(*_TEXT_FILES, _WEIGHTS[1], "adapter_model.bin")
     except GatedRepoError as error:
         raise DownloadError(
             f"`{hub_id}` requires its licence to be accepted",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_export.adapters import merge
 from edge_export.compress import SIXTEEN_BITS
 from edge_export.dequantize import dequantize
 from edge_export.sources import Source, load_config, unsupported
@@ -56,7 +57,9 @@ def check_supported(source: Source) -> None:
 
 
 def load(source: Source, weights: str) -> Any:
-    """Load the model in its own precision, or in f32 where that is wanted; quantised weights are restored.
+    """Load the model in its own precision, or in f32 where that is wanted.
+
+    Quantised weights are restored, and a LoRA adapter is merged.
 
     Raises:
         ExportError: The weights are damaged, incomplete, or need code that came with them.
@@ -79,7 +82,7 @@ def load(source: Source, weights: str) -> Any:
             "copy or download the model again; a model that needs code of its own cannot be exported",
         ) from error
     _check_complete(source, info)
-    return model.eval()
+    return merge(model, source.adapter) if source.adapter else model.eval()
 
 
 def _from_pretrained(folder: Path | None, config: Any, dtype: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
