@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from edge_runtime.chat_config import ChatConfig
+from edge_runtime.checksums import checked
 from edge_runtime.config import GenerationConfig, LoadConfig
 from edge_runtime.demo import or_demo
 from edge_runtime.devices import check_device
@@ -82,17 +83,22 @@ class EdgeLLM:
         folder, draft = resolve(Path(model)), None if draft is None else resolve(Path(draft))
         manifest = load_manifest(folder)
         draft_manifest = load_manifest(draft) if draft is not None else None
-        tokenizer = _TokenizerLoader(folder, draft)
-        target = _load_model(folder, manifest, config.for_target(has_draft=draft is not None))
-        drafter = None
+        files = [(folder, manifest.files)]
         if draft is not None and draft_manifest is not None:
-            drafting = _load_model(draft, draft_manifest, config.for_draft())
-            drafting.warm_up()  # its first run comes in the middle of an answer
-            drafter = DraftModel(drafting, target.model.vocab_size)
+            files.append((draft, draft_manifest.files))
+        with checked(files):
+            tokenizer = _TokenizerLoader(folder, draft)
+            target = _load_model(folder, manifest, config.for_target(has_draft=draft is not None))
+            drafter = None
+            if draft is not None and draft_manifest is not None:
+                drafting = _load_model(draft, draft_manifest, config.for_draft())
+                drafting.warm_up()  # its first run comes in the middle of an answer
+                drafter = DraftModel(drafting, target.model.vocab_size)
+            read = tokenizer.result()
         from edge_runtime.turn_ends import answer_ends
 
-        manifest = dataclasses.replace(manifest, eos_token_ids=answer_ends(folder, manifest, tokenizer.result()))
-        return cls(Engine(target, drafter), tokenizer.result(), manifest, time.perf_counter() - started)
+        manifest = dataclasses.replace(manifest, eos_token_ids=answer_ends(folder, manifest, read))
+        return cls(Engine(target, drafter), read, manifest, time.perf_counter() - started)
 
     @property
     def models(self) -> dict[str, dict[str, Any]]:

@@ -16,8 +16,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
+from edge_runtime.checksums import FileFacts, damaged
 from edge_runtime.errors import ConfigError, DownloadError
-from edge_runtime.manifest import MANIFEST_NAME, MODEL_NAME
+from edge_runtime.manifest import MANIFEST_NAME, MODEL_NAME, load_manifest
 from edge_runtime.outputs import check_output, check_work_folder, claimed
 
 WANTED = (
@@ -68,8 +69,8 @@ def pull(hub_id: str, output: Path | None = None, revision: str | None = None) -
         raise ConfigError(f"`{folder}` exists already", "remove it, or name another folder with `-o FOLDER`")
     place = check_output(folder)
     with _hub_errors(hub_id, revision):
-        commit, sizes = _list_files(hub_id, revision)
-    if MODEL_NAME not in sizes:
+        commit, files = _list_files(hub_id, revision)
+    if MODEL_NAME not in files:
         raise DownloadError(
             f"`{hub_id}` holds no {MODEL_NAME}, so it is not an OpenVINO model",
             f"convert it: `edge-run export {hub_id}`",
@@ -78,18 +79,20 @@ def pull(hub_id: str, output: Path | None = None, revision: str | None = None) -
     check_work_folder(partial)
     with claimed(partial):
         with _hub_errors(hub_id, revision):
-            _download(hub_id, commit, list(sizes), partial / "files")
-        _finish(partial / "files", place, sizes)
+            _download(hub_id, commit, list(files), partial / "files")
+        _finish(partial / "files", place, files)
     return Pulled(folder, commit)
 
 
-def _list_files(hub_id: str, revision: str | None) -> tuple[str, dict[str, int]]:
-    """Return the commit and the wanted files with their sizes."""
+def _list_files(hub_id: str, revision: str | None) -> tuple[str, dict[str, FileFacts]]:
+    """Return the commit and the wanted files with their sizes, and hashes where the hub says them: of large files."""
     from huggingface_hub import HfApi
 
     info = HfApi().model_info(hub_id, revision=revision, timeout=TIMEOUT_S, files_metadata=True)
-    files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    return str(info.sha), {name: size for name, size in files.items() if any(fnmatch(name, w) for w in WANTED)}
+    files = {
+        file.rfilename: FileFacts(file.size or 0, file.lfs.sha256 if file.lfs else "") for file in info.siblings or ()
+    }
+    return str(info.sha), {name: facts for name, facts in files.items() if any(fnmatch(name, w) for w in WANTED)}
 
 
 def _download(hub_id: str, commit: str, names: list[str], folder: Path) -> None:
@@ -104,19 +107,24 @@ def _download(hub_id: str, commit: str, names: list[str], folder: Path) -> None:
     snapshot_download(hub_id, revision=commit, local_dir=folder, allow_patterns=names)
 
 
-def _finish(partial: Path, folder: Path, sizes: dict[str, int]) -> None:
-    """Check that everything is there, drop what is not part of the model, and give the folder its name.
+def _finish(partial: Path, folder: Path, files: dict[str, FileFacts]) -> None:
+    """Check that everything is there and whole, drop what is not part of the model, and give the folder its name.
 
     The hub's client returns an unfinished folder without a word when the network fails at the wrong moment.
     """
-    for name, size in sizes.items():
+    for name, facts in files.items():
         path = partial / name
-        if not path.is_file() or path.stat().st_size != size:
+        if not path.is_file() or path.stat().st_size != facts.num_bytes:
             raise DownloadError(f"the download of `{name}` is incomplete", TRY_AGAIN)
+        if facts.sha256 and damaged(partial, {name: facts}):
+            path.unlink()
+            raise DownloadError(f"`{name}` arrived damaged: its SHA-256 is not the hub's", TRY_AGAIN)
+    if MANIFEST_NAME in files and (found := damaged(partial, load_manifest(partial).files)):
+        raise DownloadError(f"`{found[0]}` is not what its {MANIFEST_NAME} says", "tell the model's author")
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in sizes:
+        elif path.name not in files:
             path.unlink()  # of another revision, begun earlier
     os.replace(partial, folder)
 

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from edge_runtime import strict_json
 from edge_runtime.attention import AttentionPattern
+from edge_runtime.checksums import FileFacts, check_sizes, facts_of
 from edge_runtime.errors import ConfigError, ModelFormatError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "edge_model.json"
 MODEL_NAME = "openvino_model.xml"
+CHECKED_NAMES = (MODEL_NAME, "openvino_model.bin", "tokenizer.json")
+"""Files with checksums: what decides an answer, and nobody edits by hand."""
+_OPTIONAL = ("mlp", "attention", "files")
+"""Left out where they say nothing: a reader that does not know an entry refuses it."""
 
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _POINTER = b"version https://git-lfs"
@@ -58,6 +63,7 @@ class Manifest:
         versions: Package name to version, of what made this folder.
         attention: What each layer's queries see; None, and absent from the file, where that is every earlier token.
         mlp: How gated MLPs are stored; None, and absent from the file, for OpenVINO's own ops.
+        files: Size and hash of CHECKED_NAMES as `save` found them; empty, and absent from the file, where nobody did.
         format_version: Version of this file's format.
     """
 
@@ -73,6 +79,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     attention: AttentionPattern | None = None
     mlp: MlpFacts | None = None
+    files: dict[str, FileFacts] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -82,22 +89,28 @@ class Manifest:
         if not all(_is_whole(token_id) for token_id in self.eos_token_ids):
             raise TypeError(f"eos_token_ids is {self.eos_token_ids!r}, expected token ids")
 
-    def save(self, folder: Path) -> None:
-        """Write `edge_model.json` into `folder`, whole or not at all."""
+    def save(self, folder: Path) -> Manifest:
+        """Write `edge_model.json` into `folder`, whole or not at all, with checksums of the files that are there now.
+
+        Returns:
+            What was written.
+        """
+        made = replace(self, files=facts_of(folder, CHECKED_NAMES))
+        content = {name: value for name, value in asdict(made).items() if value or name not in _OPTIONAL}
+        if made.files:
+            content["files"] = {name: facts._asdict() for name, facts in made.files.items()}
         temporary = folder / (MANIFEST_NAME + ".tmp")
-        content = asdict(self)
-        for optional in ("mlp", "attention"):
-            if content[optional] is None:
-                del content[optional]  # readers that do not know the entry refuse it
         temporary.write_text(strict_json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder / MANIFEST_NAME)
+        return made
 
 
 def load_manifest(folder: Path) -> Manifest:
     """Read the manifest of a model folder, or derive it where there is none.
 
     Raises:
-        ModelFormatError: The folder is missing or holds no model, or a JSON file in it cannot be used.
+        ModelFormatError: The folder is missing or holds no model, a JSON file in it cannot be used, or a file has not
+            the size that the manifest says.
     """
     if folder.is_file():
         raise _is_a_file(folder)
@@ -114,7 +127,11 @@ def load_manifest(folder: Path) -> Manifest:
     for name in (MODEL_NAME, Path(MODEL_NAME).with_suffix(".bin")):
         check_is_no_pointer(folder / name)
     path = folder / MANIFEST_NAME
-    return _from_manifest(path) if path.is_file() else _from_config(folder)
+    if not path.is_file():
+        return _from_config(folder)
+    manifest = _from_manifest(path)
+    check_sizes(folder, manifest.files)
+    return manifest
 
 
 def weight_bytes(folder: Path) -> int:
@@ -203,9 +220,25 @@ def _from_manifest(path: Path) -> Manifest:
             content["mlp"] = MlpFacts(**content["mlp"])
         if content.get("attention") is not None:
             content["attention"] = AttentionPattern.from_json(content["attention"])
+        content["files"] = _files(content.get("files", {}))
         return Manifest(**content)
     except (TypeError, KeyError, ConfigError) as error:
         raise ModelFormatError(f"`{path}` cannot be used: {error}", "export the model again") from error
+
+
+def _files(content: Any) -> dict[str, FileFacts]:
+    """Return the entry `files`; names must be those of files beside the manifest.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(content, dict) or any(Path(name).name != name for name in content):
+        raise TypeError(f"files is {content!r:.60}, expected an object of file names")
+    made = {name: FileFacts(**facts) for name, facts in content.items()}
+    for name, facts in made.items():
+        if not (_is_whole(facts.num_bytes) and isinstance(facts.sha256, str)):
+            raise TypeError(f"files has {facts!r:.90} for {name}, expected num_bytes and sha256")
+    return made
 
 
 def _from_config(folder: Path) -> Manifest:

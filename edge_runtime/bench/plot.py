@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import ConfigError, MissingExtraError
+from edge_runtime.outputs import Input, check_apart
 
 FORMATS = (".png", ".svg", ".pdf")
 TOLERANCE = 0.1
@@ -22,13 +23,18 @@ _BARS: dict[str, Any] = {"capsize": 2, "elinewidth": 1}
 Rows = list[dict[str, Any]]
 
 
-def check_plot(path: Path) -> None:
-    """Refuse a figure that could not be drawn, before anything is measured.
+def check_plot(path: Path, **inputs: Input) -> None:
+    """Refuse a figure that could not be drawn, or would be drawn over what is read, before anything is measured.
+
+    Args:
+        path: The figure.
+        inputs: What is read, as `outputs.check_apart` takes it.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ConfigError: The file's ending names no format, or its folder does not exist.
+        ConfigError: The file's ending names no format, its folder does not exist, or it and an input are not apart.
     """
+    check_apart(path, **inputs)
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("a plot needs matplotlib, which is not installed", "bench")
     if path.suffix.lower() not in FORMATS:
@@ -57,9 +63,13 @@ def save_plot(rows: Rows, path: Path) -> None:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure of matplotlib, whole or not at all."""
+    path = path.resolve()  # through a link, which stays one
     temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
-    os.replace(temporary, path)
+    try:
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _draw_acceptance(axes: Any, rows: Rows, colors: dict[str, str]) -> None:

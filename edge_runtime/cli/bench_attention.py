@@ -72,7 +72,7 @@ def bench_attention(
         longest_peer=longest_peer,
     )
     if plot:
-        check_plot(plot)
+        check_plot(plot, model=model)
     bench = AttentionBench(settings, model)
     is_interrupted = console.run_with_progress(bench, "contexts", bench.num_cells)
     made = bench.rows()

@@ -103,7 +103,7 @@ def _bench_model(model: Path, text: Path | None, text_tokens: int, plot: Path | 
             f"--text is {text and str(text)!r}, expected a file to measure --model on", "add `--text FILE`"
         )
     if plot:
-        check_plot(plot)
+        check_plot(plot, model=model, text=text)
     bench = CatsModelBench(model, text, text_tokens)
     is_interrupted = console.run_with_progress(bench, "parts", bench.num_cells)
     made = bench.rows()

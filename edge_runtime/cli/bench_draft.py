@@ -101,7 +101,7 @@ def bench_draft(
         is_chat=chat,
     )
     if plot:
-        check_plot(plot)
+        check_plot(plot, prompts=prompts, target=target, draft=draft)
     read = read_prompts(prompts, limit)
     pair = _pair(target, draft)
     size = relative_size(*pair)

@@ -31,6 +31,9 @@ def inspect(
     context: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Number of tokens drawn by --plot; by default 128 KV blocks.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the model's files in full and compare them with their checksums.")
+    ] = False,
 ) -> None:
     """Show a model's weights, layers and attention patterns, and the memory of keys and values by context length."""
     from edge_runtime.attention import FULL, AttentionPattern
@@ -40,13 +43,15 @@ def inspect(
     from edge_runtime.hub_cache import resolve
     from edge_runtime.manifest import load_manifest
 
-    if plot:
-        check_plot(plot)
     folder = resolve(Path(or_demo(model, None)[0]))
+    if plot:
+        check_plot(plot, model=folder)
     manifest = load_manifest(folder)
+    if verify:
+        _verify(folder, manifest)
     shape = _shape(folder)
     attention = manifest.attention or AttentionPattern.of_layers([FULL] * shape["num_layers"])
-    report = _report(folder, manifest, shape, attention)
+    report = {**_report(folder, manifest, shape, attention), "checksums": _checksums(manifest, verify)}
     if as_json:
         console.write_json(report)
     else:
@@ -54,6 +59,30 @@ def inspect(
     if plot:
         tokens = context or PICTURED_BLOCKS * attention.block_size
         save_pattern_plot(attention, shape["num_heads"], shape["num_kv_heads"], tokens, plot)
+
+
+def _verify(folder: Path, manifest: Manifest) -> None:
+    """Refuse a model whose files are not what they were, or cannot be told to be.
+
+    Raises:
+        ModelFormatError: One is not, or nobody kept checksums.
+    """
+    from edge_runtime.checksums import HINT, damaged
+    from edge_runtime.errors import ModelFormatError
+
+    if not manifest.files:
+        raise ModelFormatError(
+            f"`{folder}` has no checksums, so its files cannot be verified",
+            "`edge-run export` keeps them; other exporters and earlier versions do not",
+        )
+    if found := damaged(folder, manifest.files):
+        names = ", ".join(f"`{folder / name}`" for name in found)
+        raise ModelFormatError(f"{names}: the SHA-256 is not the one it was exported with", HINT)
+
+
+def _checksums(manifest: Manifest, is_verified: bool) -> str:
+    """Return `none`, `verified`, or `kept` where they were not looked at."""
+    return "none" if not manifest.files else "verified" if is_verified else "kept"
 
 
 def _shape(folder: Path) -> dict[str, int]:
@@ -81,6 +110,13 @@ def _shape(folder: Path) -> dict[str, int]:
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _HEADS = ("num_attention_heads", "n_head")
 _HIDDEN = ("hidden_size", "n_embd")
+
+
+_CHECKSUM_WORDS = {
+    "none": "none",
+    "kept": "sizes are right; --verify reads the files in full",
+    "verified": "all files are as they were exported",
+}
 
 
 def _first(content: dict[str, Any], *names: str) -> int:
@@ -161,6 +197,7 @@ def _print_report(report: dict[str, Any], attention: AttentionPattern) -> None:
         f"{report['num_kv_heads']} KV heads of size {report['head_size']}",
         "MLPs": _mlp_words(report["mlp"]),
         "turn ends": _turn_end_words(report["turn_ends"]),
+        "checksums": _CHECKSUM_WORDS[report["checksums"]],
     }
     for name, value in lines.items():
         print(f"{name:14}{value}")

@@ -196,7 +196,7 @@ def export_model(
             manifest, end_notes = _with_turn_ends(
                 _manifest(folder, origin, config, reference, form, mlp_form, pattern), folder, tokenizer
             )
-            manifest.save(folder)
+            manifest = manifest.save(folder)
         with stage("verify"):
             verification = verify.verify_logits(folder, manifest, reference.token_ids, reference.logits)
         with stage("write"):

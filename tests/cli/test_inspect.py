@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -44,6 +45,38 @@ def test_the_picture_is_drawn(edge_run, hybrid, tmp_path):
     pytest.importorskip("matplotlib")
     edge_run("inspect", hybrid, "--plot", tmp_path / "seen.png")
     assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_verify_finds_every_mutated_file(edge_run, hybrid):
+    """All of them, each named; without --verify, sizes alone are looked at."""
+    assert "all files are as they were exported" in edge_run("inspect", hybrid, "--verify").out
+    assert edge_run("inspect", hybrid, "--verify", "--json").json["checksums"] == "verified"
+    for name in ("openvino_model.bin", "openvino_model.xml"):
+        content = bytearray((hybrid / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (hybrid / name).write_bytes(content)
+    assert edge_run("inspect", hybrid, "--json").json["checksums"] == "kept"
+    done = edge_run("inspect", hybrid, "--verify")
+    assert (done.code, done.out) == (1, "")
+    assert "openvino_model.xml`, `" in done.err
+    assert "openvino_model.bin`: the SHA-256 is not" in done.err
+
+
+def test_folder_without_checksums_is_said_to_have_none(edge_run, hybrid):
+    content = json.loads((hybrid / "edge_model.json").read_text(encoding="utf-8"))
+    del content["files"]
+    (hybrid / "edge_model.json").write_text(json.dumps(content), encoding="utf-8")
+    assert "checksums     none\n" in edge_run("inspect", hybrid).out
+    done = edge_run("inspect", hybrid, "--verify")
+    assert (done.code, done.out) == (1, "")
+    assert "has no checksums" in done.err
+
+
+def test_plot_is_never_drawn_over_what_is_read(edge_run, hybrid):
+    done = edge_run("inspect", hybrid, "--plot", hybrid / "seen.png")
+    assert (done.code, done.out) == (2, "")
+    assert "lies in the model" in done.err
+    assert not (hybrid / "seen.png").exists()
 
 
 @pytest.mark.parametrize("pattern", [longgen(6, window=128), longgen(4, num_full=0, window=64), s2(3, 4, stride=12)])

@@ -1,5 +1,6 @@
 """`edge-run pull`, with a hub that is a function."""
 
+import hashlib
 import types
 
 import huggingface_hub
@@ -18,12 +19,14 @@ class Hub:
 
     Attributes:
         files: In the repository, with their sizes.
+        lfs: What the hub says of large files, by name.
         failure: Raised before anything is looked up.
         breaks_after: Files that arrive before the connection breaks.
     """
 
     def __init__(self):
         self.files = {**FILES, **OTHERS}
+        self.lfs = {}
         self.failure = None
         self.breaks_after = 99
         self.asked = []
@@ -33,7 +36,9 @@ class Hub:
         if self.failure:
             raise self.failure
         assert files_metadata
-        siblings = [types.SimpleNamespace(rfilename=name, size=size) for name, size in self.files.items()]
+        siblings = [
+            types.SimpleNamespace(rfilename=n, size=size, lfs=self.lfs.get(n)) for n, size in self.files.items()
+        ]
         return types.SimpleNamespace(sha=COMMIT, siblings=siblings)
 
     def snapshot_download(self, hub_id, *, revision, local_dir, allow_patterns):
@@ -103,6 +108,17 @@ def test_incomplete_file_is_not_taken_for_a_model(hub, edge_run, tmp_path, monke
     assert done.code == 1
     assert "is incomplete" in done.err
     assert names(tmp_path) == {"name.partial"}
+
+
+def test_file_that_arrives_damaged_is_fetched_again(hub, edge_run, tmp_path):
+    """Its size is right; the hub says the hash of large files."""
+    hub.lfs["openvino_model.bin"] = types.SimpleNamespace(sha256="0" * 64)
+    done = edge_run("pull", "owner/name")
+    assert done.code == 1
+    assert "`openvino_model.bin` arrived damaged" in done.err
+    assert not (tmp_path / "name.partial" / "files" / "openvino_model.bin").exists()
+    hub.lfs["openvino_model.bin"] = types.SimpleNamespace(sha256=hashlib.sha256(b"x" * 9).hexdigest())
+    assert edge_run("pull", "owner/name").code == 0
 
 
 def test_files_of_another_revision_do_not_stay(hub, edge_run, tmp_path):

@@ -25,8 +25,12 @@ Damage = Callable[[Path], object]
 
 @pytest.fixture
 def copy(tiny_ir, tmp_path) -> Path:
-    """A model folder to damage."""
-    return Path(shutil.copytree(tiny_ir("llama"), tmp_path / "model"))
+    """A model folder to damage, without checksums, so that OpenVINO is what meets the damage."""
+    folder = Path(shutil.copytree(tiny_ir("llama"), tmp_path / "model"))
+    content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    content.pop("files", None)
+    (folder / MANIFEST_NAME).write_text(json.dumps(content), encoding="utf-8")
+    return folder
 
 
 def refused(folder: Path, kind: type[Exception] = ModelFormatError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -55,14 +56,16 @@ def assert_refused(folder: Path, told: str) -> None:
 
 
 def test_saved_manifest_is_read_back(folder):
-    WHOLE.save(folder)
-    assert load_manifest(folder) == WHOLE
+    saved = WHOLE.save(folder)
+    assert load_manifest(folder) == saved
+    assert dataclasses.replace(saved, files={}) == WHOLE
+    assert list(saved.files) == [MODEL_NAME]
     assert [path.name for path in sorted(folder.iterdir())] == [MANIFEST_NAME, MODEL_NAME]
 
 
 def test_manifest_wins_over_config(folder):
-    WHOLE.save(folder)
-    assert load_manifest(write(folder, config={"model_type": "gpt2", "vocab_size": 5})) == WHOLE
+    saved = WHOLE.save(folder)
+    assert load_manifest(write(folder, config={"model_type": "gpt2", "vocab_size": 5})) == saved
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"', "\x00"])
@@ -94,11 +97,31 @@ def test_unknown_entries_are_refused(folder):
         ("attention", {"block_size": 64, "patterns": [{"window": "a"}], "layers": [0]}),
         ("attention", {"block_size": 64, "patterns": [{"window": 64, "offsets": [True]}], "layers": [0]}),
         ("attention", {"block_size": 64, "patterns": 5, "layers": [0]}),
+        ("files", [1]), ("files", 5), ("files", {MODEL_NAME: 5}), ("files", {MODEL_NAME: {"num_bytes": 1}}),
+        ("files", {MODEL_NAME: {"num_bytes": "1", "sha256": ""}}), ("files", {"../x": {"num_bytes": 1, "sha256": ""}}),
+        ("files", {MODEL_NAME: {"num_bytes": 1, "sha256": 5}}),
     ],
 )  # fmt: skip
 def test_entry_of_the_wrong_type_is_named(folder, entry, value):
     """A list for a number used to end in a TypeError."""
     assert_refused(write(folder, edge_model=changed(**{entry: value})), MANIFEST_NAME)
+
+
+def test_folder_without_checksums_still_loads(folder):
+    """As exports of before have it."""
+    content = changed()
+    del content["files"]
+    assert load_manifest(write(folder, edge_model=content)) == WHOLE
+
+
+def test_a_folder_that_is_rewritten_gets_new_checksums(folder):
+    WHOLE.save(folder)
+    before = load_manifest(folder)
+    (folder / MODEL_NAME).write_text("<other/>")
+    with pytest.raises(ModelFormatError, match="has 8 bytes, but was exported with 6"):
+        load_manifest(folder)
+    before.save(folder)
+    assert load_manifest(folder).files[MODEL_NAME].num_bytes == 8
 
 
 @pytest.mark.parametrize("entry", ["architecture", "context_length", "vocab_size"])
