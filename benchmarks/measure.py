@@ -69,9 +69,10 @@ def add_peer_tokenizer(folder: Path) -> None:
     hide_packages()
     import openvino as ov
     from openvino_tokenizers import convert_tokenizer
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast  # reads tokenizer.json as it is; a model's own class may not
 
-    tokenizer, detokenizer = convert_tokenizer(AutoTokenizer.from_pretrained(folder), with_detokenizer=True)
+    own = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer, detokenizer = convert_tokenizer(own, with_detokenizer=True)
     ov.save_model(tokenizer, folder / "openvino_tokenizer.xml")
     ov.save_model(detokenizer, folder / "openvino_detokenizer.xml")
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT, WITH_TOOLS = "default", "tool_use"
+TEMPLATES_NAME = "additional_chat_templates"
+"""The folder in which transformers keeps templates beside the default one."""
 ROLES = ("system", "user", "assistant", "tool", "developer", "function")
 """Senders of messages that every model may know; its template decides which of them it takes."""
 PROBE = "edge-run asks"
@@ -44,7 +46,7 @@ class ChatTemplate:
     """The templates of one model folder and the tokens that they name.
 
     Args:
-        folder: Holds them, in `chat_template.jinja` and `chat_templates/*.jinja`, or in a JSON file.
+        folder: Holds them, in `chat_template.jinja` and `additional_chat_templates/*.jinja`, or in a JSON file.
         config: Content of tokenizer_config.json.
 
     Raises:
@@ -228,7 +230,7 @@ def _read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
             f"the chat template of `{folder}` is {given!r:.60}, expected a text or named texts",
             "copy tokenizer_config.json from the original model",
         )
-    files = {path.stem: path for path in sorted((folder / "chat_templates").glob("*.jinja"))}
+    files = {path.stem: path for path in sorted((folder / TEMPLATES_NAME).glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files[DEFAULT] = folder / "chat_template.jinja"
     return {**named, **{name: _read_text(path) for name, path in files.items()}}

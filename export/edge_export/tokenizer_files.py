@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_export.quiet import quiet
 from edge_export.sources import Source
+from edge_runtime.chat_template import TEMPLATES_NAME
 from edge_runtime.errors import ConfigError, ExportError
 from edge_runtime.manifest import read_json
 from edge_runtime.tokenizer import TOKENIZER_NAME, Tokenizer
@@ -103,6 +104,8 @@ def copy_files(origin: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (origin / name).is_file():
             shutil.copyfile(origin / name, folder / name)
+    if (origin / TEMPLATES_NAME).is_dir():
+        shutil.copytree(origin / TEMPLATES_NAME, folder / TEMPLATES_NAME, dirs_exist_ok=True)
 
 
 def library_tokenizer(folder: Path) -> tokenizers.Tokenizer:

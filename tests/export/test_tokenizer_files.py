@@ -14,6 +14,7 @@ import tokenizers
 from edge_export.fastdraft.target import Target
 from edge_export.sources import Source
 from edge_export.tokenizer_files import CHAT_TEXTS, PLAIN_TEXTS, SavedTokenizer, library_tokenizer, save_tokenizer
+from edge_runtime.chat_config import ChatConfig
 from edge_runtime.errors import ExportError
 from edge_runtime.manifest import Manifest
 from edge_runtime.tokenizer import Tokenizer
@@ -98,6 +99,21 @@ def test_all_files_of_a_tokenizer_are_copied_as_they_are(tiny, tmp_path):
     copied = {path.name for path in (tmp_path / "out").iterdir()}
     assert copied == {path.name for path in source.iterdir()} - {"config.json"}
     assert all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in copied)
+
+
+def test_named_templates_are_found_where_transformers_puts_them(tiny, tmp_path):
+    """One for chats with tools stands in a folder of its own."""
+    from transformers import PreTrainedTokenizerFast
+
+    source = tiny()
+    theirs = PreTrainedTokenizerFast.from_pretrained(source)
+    theirs.chat_template = {"default": "plain", "tool_use": "with tools"}
+    theirs.save_pretrained(source)
+    save(source, tmp_path / "out")
+    tokenizer = Tokenizer(tmp_path / "out")
+    tools = ChatConfig(tools=[{"type": "function", "function": {"name": "look"}}])
+    made = [tokenizer.decode(tokenizer.apply_chat_template(CHAT, config)) for config in (None, tools)]
+    assert made == ["plain", "with tools"]
 
 
 def test_agreement_needs_no_words(tiny, tmp_path):
