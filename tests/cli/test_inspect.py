@@ -102,7 +102,9 @@ def test_turn_ends_are_shown(edge_run, hybrid):
 
 
 def test_a_model_without_turn_ends_and_one_without_tokenizer_are_shown(edge_run, hybrid):
+    manifest = load_manifest(hybrid)
     (hybrid / "tokenizer.json").unlink()
+    manifest.save(hybrid)
     assert "turn ends     token 0\n" in edge_run("inspect", hybrid).out
     dataclasses.replace(load_manifest(hybrid), eos_token_ids=()).save(hybrid)
     assert "turn ends     none: every answer runs to its length limit\n" in edge_run("inspect", hybrid).out
