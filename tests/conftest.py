@@ -7,7 +7,10 @@ there, so the same lack is a failure: a green run never means that half of it wa
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import openvino
@@ -27,6 +30,18 @@ def shared_data() -> Path:
     folder = Path(os.environ.get("EDGE_RUN_TEST_DATA") or ROOT.parent / "shared" / "data")
     if not folder.is_dir():
         _lacks(f"no test data at `{folder}`; name its folder in EDGE_RUN_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return SmolLM2-135M-Instruct as a Hugging Face folder, which its own script makes of a GGUF file."""
+    if importlib.util.find_spec("gguf") is None:
+        _lacks("the package gguf is not installed")
+    pytest.importorskip("transformers")
+    script, folder = shared_data / "tools" / "smollm2_to_hf.py", tmp_path_factory.mktemp("smollm2") / "hf"
+    hide = "import runpy, sys; sys.modules['torchvision'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
+    subprocess.run([sys.executable, "-c", f"import sys; sys.argv = sys.argv[1:]; {hide}", script, folder], check=True)
     return folder
 
 

@@ -156,26 +156,26 @@ def test_every_test_file_is_collected_and_holds_a_test(path: Path) -> None:
     assert bool(defined_tests(path)) == path.name.startswith("test_"), f"{path}: {defined_tests(path)}"
 
 
-def readme_tree() -> str:
-    readme = ROOT / "README.md"
-    match = TREE.search(readme.read_text(encoding="utf-8")) if readme.is_file() else None
+def documented_tree() -> str:
+    page = ROOT / "docs" / "architecture.md"
+    match = TREE.search(page.read_text(encoding="utf-8")) if page.is_file() else None
     if match is None:
-        pytest.skip("no README.md with a fenced block after `<!-- tree -->`")
+        pytest.skip("no docs/architecture.md with a fenced block after `<!-- tree -->`")
     return match[1]
 
 
-def test_readme_tree_lists_every_module_of_the_runtime() -> None:
+def test_documented_tree_lists_every_module_of_the_runtime() -> None:
     """By file name; a folder of its own by its name and a slash."""
-    tree = readme_tree()
+    tree = documented_tree()
     runtime = ROOT / "edge_runtime"
     names = {path.name for path in runtime.glob("*.py")} - {"__init__.py", "__main__.py"}
     names |= {f"{path.parent.name}/" for path in runtime.glob("*/__init__.py")}
     missing = sorted(name for name in names if not re.search(rf"(?<![\w/]){re.escape(name)}(?!\w)", tree))
-    assert not missing, f"README.md's tree lacks {missing}"
+    assert not missing, f"the tree of docs/architecture.md lacks {missing}"
 
 
-def test_readme_tree_names_nothing_that_is_gone() -> None:
-    named = set(re.findall(r"[\w/]*\w\.py\b", readme_tree()))
+def test_documented_tree_names_nothing_that_is_gone() -> None:
+    named = set(re.findall(r"[\w/]*\w\.py\b", documented_tree()))
     present = {
         path.name
         for folder in ("edge_runtime", "export", "ov_kernels", "apps", "benchmarks", "tests")

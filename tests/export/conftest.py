@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,13 +50,3 @@ def tiny_onnx(tiny_hf: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
         return made[key]
 
     return get
-
-
-@pytest.fixture(scope="session")
-def smollm2(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return SmolLM2-135M-Instruct as a Hugging Face folder, which its own script makes of a GGUF file."""
-    pytest.importorskip("gguf")
-    script, folder = shared_data / "tools" / "smollm2_to_hf.py", tmp_path_factory.mktemp("smollm2") / "hf"
-    hide = "import runpy, sys; sys.modules['torchvision'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
-    subprocess.run([sys.executable, "-c", f"import sys; sys.argv = sys.argv[1:]; {hide}", script, folder], check=True)
-    return folder
