@@ -154,6 +154,7 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
         "num_parameters": manifest.num_parameters,
         "bytes": report.num_bytes,
         "verification": asdict(report.verification),
+        "default_verification": asdict(report.default_verification),
         "mlp": manifest.mlp and asdict(manifest.mlp),
         "attention": manifest.attention and manifest.attention.to_json(),
         "notes": list(report.notes),
@@ -181,5 +182,6 @@ def _line(report: ExportReport) -> str:
     return (
         f"{report.output}: {manifest.weights}, {(manifest.num_parameters or 0) / 1e6:,.1f} M parameters, "
         f"{report.num_bytes / 1e6:,.1f} MB, error {verification.error:.1e}, "
-        f"same first choice at {verification.top1_agreement:.1%} of {verification.num_positions} positions"
+        f"same first choice at {verification.top1_agreement:.1%} of {verification.num_positions} positions, "
+        f"at {report.default_verification.top1_agreement:.1%} at default precision"
     )

@@ -74,7 +74,9 @@ class ExportReport:
         output: The model folder.
         manifest: Its edge_model.json.
         num_bytes: Bytes of all files in the folder.
-        verification: How it compares with its source; where neurons are skipped, with a source that skips them too.
+        verification: How it compares with its source in f32; where neurons are skipped, with a source that skips them
+            too.
+        default_verification: The same at the default precision of this CPU.
         sparsity: What skipping neurons does; None without `cats`.
         notes: Lines on what was decided for the user on the way.
     """
@@ -83,6 +85,7 @@ class ExportReport:
     manifest: Manifest
     num_bytes: int
     verification: Verification
+    default_verification: Verification
     sparsity: Sparsity | None = None
     notes: tuple[str, ...] = ()
 
@@ -199,6 +202,7 @@ def export_model(
             manifest = manifest.save(folder)
         with stage("verify"):
             verification = verify.verify_logits(folder, manifest, reference.token_ids, reference.logits)
+            at_default = verify.verify_default(folder, manifest, reference.token_ids, reference.logits)
         with stage("write"):
             shutil.rmtree(folder / "work", ignore_errors=True)
             num_bytes = sum(path.stat().st_size for path in folder.iterdir())
@@ -207,6 +211,7 @@ def export_model(
         manifest=manifest,
         num_bytes=num_bytes,
         verification=verification,
+        default_verification=at_default,
         sparsity=reference.sparsity,
         notes=(*origin.notes(weights), *_group_notes(group_size, form), *saved.notes, *end_notes),
     )

@@ -18,6 +18,7 @@ def test_one_line_says_what_was_made(edge_run, tiny_hf, tmp_path):
     assert code == 0
     assert out.startswith(f"{tmp_path / 'ir'}: int8, 0.1 M parameters, ")
     assert "same first choice at" in out
+    assert "% at default precision" in out
     assert out.count("\n") == 1
     assert err == f'try it: edge-run generate -m {tmp_path / "ir"} "Once upon a time"\n'
 
@@ -34,13 +35,17 @@ def test_json_is_one_object_and_the_libraries_are_silent(edge_run, tiny_hf, tmp_
     assert report["group_size"] == 32
     assert report["num_parameters"] == 123_200
     assert report["bytes"] == sum(path.stat().st_size for path in (tmp_path / "ir").iterdir())
-    assert set(report["verification"]) == {
-        "error",
-        "max_abs_error",
-        "kl_divergence",
-        "top1_agreement",
-        "num_positions",
-    }
+    assert (
+        set(report["default_verification"])
+        == set(report["verification"])
+        == {
+            "error",
+            "max_abs_error",
+            "kl_divergence",
+            "top1_agreement",
+            "num_positions",
+        }
+    )
 
 
 def test_output_is_named_after_source_and_weights(edge_run, tiny_hf, tmp_path, monkeypatch):

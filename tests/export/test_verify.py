@@ -10,8 +10,10 @@ import pytest
 from openvino import opset13
 
 from edge_export import verify
+from edge_runtime.config import LoadConfig
 from edge_runtime.errors import ExportError
 from edge_runtime.manifest import MODEL_NAME, load_manifest
+from edge_runtime.paged_model import PagedModel
 from edge_runtime.tokenizer import Tokenizer
 from tests.export.helpers import torch_logits
 
@@ -65,6 +67,18 @@ def test_changed_weight_is_caught(tiny_ir, tmp_path, reference, factor, weights,
             verify.verify_logits(tmp_path / "ir", manifest, *reference)
     else:
         verify.verify_logits(tmp_path / "ir", manifest, *reference)
+
+
+def test_verification_also_runs_in_the_arithmetic_that_users_get(tiny_ir, reference, monkeypatch):
+    """On a CPU with AMX every check passed in f32, and the first `generate` ended the process."""
+    ids, logits = reference
+    manifest, made = load_manifest(tiny_ir("llama")), []
+    monkeypatch.setattr(verify, "PagedModel", lambda *args: made.append(args[-1]) or PagedModel(*args))
+    result = verify.verify_default(tiny_ir("llama"), manifest, ids, logits)
+    assert [config.precision for config in made] == [LoadConfig().precision]
+    assert verify.ERROR_BOUNDS["fp32"] < result.error < verify.DEFAULT_ERROR_BOUNDS["fp32"], "u8 keys and values"
+    with pytest.raises(ExportError, match="differs from its source at default precision: error"):
+        verify.verify_default(tiny_ir("llama"), manifest, ids, logits[::-1])
 
 
 def _scale_down_projection(folder, factor):
