@@ -13,7 +13,7 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,15 +66,17 @@ def damaged(folder: Path, files: Files) -> list[str]:
 
 
 @contextlib.contextmanager
-def checked(models: Iterable[tuple[Path, Files]]) -> Iterator[None]:
-    """Hash what was not found whole before while the block runs.
+def checked(models: Sequence[tuple[Path, Files]]) -> Iterator[None]:
+    """Check sizes at once, and hash what was not found whole before while the block runs.
 
     Args:
         models: Folders, and what their manifests say of the files in them.
 
     Raises:
-        ModelFormatError: At the end of the block: a file is not what it was.
+        ModelFormatError: A file has another size, or, at the end of the block, is not what it was.
     """
+    for model in models:
+        check_sizes(*model)
     found: list[Path] = []
     stop = threading.Event()
 

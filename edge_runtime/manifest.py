@@ -15,7 +15,7 @@ from typing import Any
 
 from edge_runtime import strict_json
 from edge_runtime.attention import AttentionPattern
-from edge_runtime.checksums import FileFacts, check_sizes, facts_of
+from edge_runtime.checksums import FileFacts, facts_of
 from edge_runtime.errors import ConfigError, ModelFormatError
 
 FORMAT_VERSION = 1
@@ -109,8 +109,7 @@ def load_manifest(folder: Path) -> Manifest:
     """Read the manifest of a model folder, or derive it where there is none.
 
     Raises:
-        ModelFormatError: The folder is missing or holds no model, a JSON file in it cannot be used, or a file has not
-            the size that the manifest says.
+        ModelFormatError: The folder is missing or holds no model, or a JSON file in it cannot be used.
     """
     if folder.is_file():
         raise _is_a_file(folder)
@@ -127,11 +126,7 @@ def load_manifest(folder: Path) -> Manifest:
     for name in (MODEL_NAME, Path(MODEL_NAME).with_suffix(".bin")):
         check_is_no_pointer(folder / name)
     path = folder / MANIFEST_NAME
-    if not path.is_file():
-        return _from_config(folder)
-    manifest = _from_manifest(path)
-    check_sizes(folder, manifest.files)
-    return manifest
+    return _from_manifest(path) if path.is_file() else _from_config(folder)
 
 
 def weight_bytes(folder: Path) -> int:

@@ -39,6 +39,7 @@ def inspect(
     from edge_runtime.attention import FULL, AttentionPattern
     from edge_runtime.bench.attention_plot import save_pattern_plot
     from edge_runtime.bench.plot import check_plot
+    from edge_runtime.checksums import check_sizes
     from edge_runtime.demo import or_demo
     from edge_runtime.hub_cache import resolve
     from edge_runtime.manifest import load_manifest
@@ -47,6 +48,7 @@ def inspect(
     if plot:
         check_plot(plot, model=folder)
     manifest = load_manifest(folder)
+    check_sizes(folder, manifest.files)
     if verify:
         _verify(folder, manifest)
     shape = _shape(folder)

@@ -10,7 +10,7 @@ import pytest
 
 from edge_runtime.api import EdgeLLM
 from edge_runtime.cli import console
-from edge_runtime.manifest import MODEL_NAME
+from edge_runtime.manifest import MODEL_NAME, load_manifest
 from tests.cli.conftest import ROOT
 
 
@@ -44,12 +44,13 @@ def test_folder_without_a_model(refused, copy_of):
 def test_truncated_weights(refused, copy_of):
     path = (copy_of() / MODEL_NAME).with_suffix(".bin")
     path.write_bytes(path.read_bytes()[:1000])
-    assert MODEL_NAME in refused(1, "generate", "-m", path.parent, "x")
+    assert "openvino_model.bin` has 1,000 bytes" in refused(1, "generate", "-m", path.parent, "x")
 
 
 def test_corrupt_graph(refused, copy_of):
     path = copy_of() / MODEL_NAME
     path.write_text(path.read_text()[:2000])
+    load_manifest(path.parent).save(path.parent)
     assert "cannot be read" in refused(1, "generate", "-m", path.parent, "x")
 
 
@@ -65,6 +66,7 @@ def test_draft_of_another_vocabulary(refused, model, copy_of):
     vocab = content["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     path.write_text(json.dumps(content), encoding="utf-8")
+    load_manifest(path.parent).save(path.parent)
     assert "different vocabularies" in refused(1, "generate", "-m", model, "-d", path.parent, "x")
 
 

@@ -89,13 +89,13 @@ def test_truncation_and_extension_are_found_at_every_load(copy, name, change):
     size = (copy / name).stat().st_size
     os.truncate(copy / name, max(0, size + change))
     with pytest.raises(ModelFormatError, match=rf"{name}` has [\d,]+ bytes, but was exported with {size:,}"):
-        load_manifest(copy)
+        EdgeLLM.load(copy)
 
 
 def test_missing_file_is_named(copy):
     (copy / BIN).unlink()
     with pytest.raises(ModelFormatError, match=rf"{BIN}` is missing"):
-        load_manifest(copy)
+        EdgeLLM.load(copy)
 
 
 def test_damaged_draft_is_found_at_load(tiny_ir, copy):

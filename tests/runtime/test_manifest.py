@@ -118,9 +118,8 @@ def test_a_folder_that_is_rewritten_gets_new_checksums(folder):
     WHOLE.save(folder)
     before = load_manifest(folder)
     (folder / MODEL_NAME).write_text("<other/>")
-    with pytest.raises(ModelFormatError, match="has 8 bytes, but was exported with 6"):
-        load_manifest(folder)
-    before.save(folder)
+    load_manifest(folder).save(folder)
+    assert load_manifest(folder).files != before.files
     assert load_manifest(folder).files[MODEL_NAME].num_bytes == 8
 
 
