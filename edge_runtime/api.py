@@ -34,6 +34,7 @@ from edge_runtime.forks import HomeProcess
 from edge_runtime.hub_cache import resolve
 from edge_runtime.manifest import Manifest, load_manifest
 from edge_runtime.model import CachedModel
+from edge_runtime.model_defaults import Recommended, read_recommended
 from edge_runtime.stream import GenerationResult, TextStream
 from edge_runtime.turns import Turns
 
@@ -50,8 +51,16 @@ class EdgeLLM:
     Make one with `EdgeLLM.load`.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, manifest: Manifest, load_s: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        manifest: Manifest,
+        load_s: float,
+        recommended: Recommended | None = None,
+    ) -> None:
         self.engine, self.tokenizer, self.manifest, self.load_s = engine, tokenizer, manifest, load_s
+        self.recommended = recommended or Recommended({}, [])
         self._home = HomeProcess(engine)
         self.turns = Turns(self._home)
 
@@ -98,7 +107,8 @@ class EdgeLLM:
         from edge_runtime.turn_ends import answer_ends
 
         manifest = dataclasses.replace(manifest, eos_token_ids=answer_ends(folder, manifest, read))
-        return cls(Engine(target, drafter), read, manifest, time.perf_counter() - started)
+        recommended = read_recommended(folder, target.model.vocab_size)
+        return cls(Engine(target, drafter), read, manifest, time.perf_counter() - started, recommended)
 
     @property
     def models(self) -> dict[str, dict[str, Any]]:
@@ -111,6 +121,15 @@ class EdgeLLM:
     def mlp(self) -> str | None:
         """In which form the target's fused MLPs run, and why; None where it has none."""
         return self.models["target"].get("mlp")
+
+    @property
+    def recommended_options(self) -> dict[str, Any]:
+        """The options in which the model's makers would run it, from its generation_config.json; may be empty.
+
+        Nothing is taken from there by itself: answers are greedy unless told otherwise. Pass them on to follow it, as
+        `edge-run chat` does: `llm.chat(messages, **llm.recommended_options)`.
+        """
+        return dict(self.recommended.options)
 
     def warm_up(self) -> None:
         """Prepare the target's weights for its first run, where there is time between loading and the first request."""

@@ -10,7 +10,7 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,10 +20,12 @@ from edge_runtime.cli.running import load_model, run_stream
 from edge_runtime.cli.terminal import without_echo
 from edge_runtime.cli.transcript import read_transcript, write_transcript
 from edge_runtime.errors import ConfigError, ContextOverflowError, EdgeError
+from edge_runtime.model_defaults import SAMPLING
 
 if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM
     from edge_runtime.chat_template import Message
+    from edge_runtime.model_defaults import Recommended
     from edge_runtime.stream import GenerationResult
 
 BLOCK = '"""'
@@ -63,6 +65,7 @@ def chat(
         console.note(f"{Path(options.model).name}: /help lists the commands, Ctrl-D leaves")
         if importlib.util.find_spec("readline"):
             importlib.import_module("readline")  # gives `input` editing and a history
+    _note_recommended(llm.recommended, options.generation)
     Conversation(llm, options, system).run()
 
 
@@ -71,12 +74,13 @@ class Conversation:
 
     Args:
         llm: A chat model.
-        options: Options of every answer.
+        options: Options of every answer; where they are silent, the model's recommended ones count.
         system: The system message.
     """
 
     def __init__(self, llm: EdgeLLM, options: ModelOptions, system: str | None = None) -> None:
-        self._llm, self._options, self._system = llm, options, system
+        self._llm, self._system = llm, system
+        self._options = {**llm.recommended_options, **options.generation, **options.chat}
         self._messages: list[Message] = []
         self._last: GenerationResult | None = None
         self._file: Path | None = None
@@ -122,7 +126,7 @@ class Conversation:
         question: Message = {"role": "user", "content": text}
         with without_echo():
             turns = [*self._transcript(), question]
-            result = run_stream(self._llm.stream_chat, turns, console.write, self._options.generation)
+            result = run_stream(self._llm.stream_chat, turns, console.write, self._options)
         console.write("\n")
         self._last = result
         if result.text:
@@ -191,6 +195,24 @@ class Conversation:
         self._system = str(messages.pop(0)["content"]) if messages and messages[0]["role"] == "system" else None
         self._messages, self._file, self._last = messages, path, None
         console.note(f"loaded {len(messages) // 2} questions and answers from {path}")
+
+
+def _note_recommended(recommended: Recommended, given: dict[str, Any]) -> None:
+    """Say what is taken from the model's generation_config.json, and what cannot be."""
+    for sentence in recommended.ignored:
+        console.note(f"note: {sentence}")
+    is_greedy = not given.get("temperature", recommended.options.get("temperature"))
+    taken = {name: value for name, value in recommended.options.items() if name not in given}
+    told = [_told(name, value) for name, value in taken.items() if not (is_greedy and name in SAMPLING)]
+    if told:
+        what, how = ("", "") if is_greedy else ("sampling ", "; -t 0 for greedy")
+        console.note(f"note: {what}from the model's generation_config.json: {', '.join(told)}{how}")
+
+
+def _told(name: str, value: Any) -> str:
+    if name == "logit_bias":
+        return "1 token suppressed" if len(value) == 1 else f"{len(value)} tokens suppressed"
+    return f"{name.replace('_', '-')} {value:g}"
 
 
 def read_message() -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edge_runtime.cli import INTERRUPTED, console
-from edge_runtime.cli.options import ModelOptions, with_model_options
+from edge_runtime.cli.options import ModelOptions, flag_of, with_model_options
 from edge_runtime.cli.running import load_model, run_stream
 from edge_runtime.errors import ConfigError
 from edge_runtime.metrics import Metrics
@@ -36,10 +37,12 @@ def generate(
     """Continue a prompt and print the text as it is generated."""
     if "logprobs" in options.generation and not as_json:
         raise ConfigError("--logprobs needs --json, which prints them", "add `--json`")
+    if options.chat and not chat:
+        raise ConfigError(f"{flag_of(next(iter(options.chat)))} is given without --chat", "add `--chat`")
     text = _read_prompt(prompt)
     try:
         llm = load_model(options)
-        start = llm.stream_chat if chat else llm.stream
+        start = functools.partial(llm.stream_chat, **options.chat) if chat else llm.stream
         result = run_stream(start, text, None if as_json else console.write, options.generation)
     except KeyboardInterrupt:
         if as_json:

@@ -14,37 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
+import click
 import typer
+from click.core import ParameterSource
 
+from edge_runtime.chat_config import ChatConfig
+from edge_runtime.cli.parsing import auto_or_number, biases, template_options, unescaped
 from edge_runtime.config import GenerationConfig, LoadConfig
 from edge_runtime.demo import or_demo
 from edge_runtime.errors import ConfigError
 
 COMMON, SAMPLING, DRAFTING, DEVICE, ADVANCED = "Options", "Sampling", "Drafting", "Device", "Advanced"
 """Headings of the help, in its order."""
-
-LARGEST_NUMBER = 1e30
-_UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
-_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
-
-
-def _auto_or_number(word: str) -> int | str:
-    return int(word) if re.fullmatch(r"[+-]?\d+", word) else word
-
-
-def _unescaped(words: list[str]) -> tuple[str, ...]:
-    return tuple(re.sub(r"\\([ntr\\])", lambda match: _ESCAPES[match[1]], word) for word in words)
-
-
-def _biases(words: list[str]) -> dict[int, float]:
-    biases: dict[int, float] = {}
-    for word in words:
-        token_id, _, bias = word.partition("=")
-        try:
-            biases[int(token_id)] = float(bias)
-        except ValueError:
-            raise ConfigError(f"--logit-bias is {word!r}, expected ID=BIAS", "for example 42=-5, or 42=-inf") from None
-    return biases
 
 
 def _properties(words: list[str]) -> dict[str, str]:
@@ -74,7 +55,7 @@ _OPTIONS: dict[str, _Option] = {
         "TEXT",
         r"Stop before TEXT appears in the answer; `\n`, `\t` and `\\` are understood. Repeatable.",
         (),
-        _unescaped,
+        unescaped,
     ),
     "stop_token_ids": _Option(
         ADVANCED, list[int], "ID", "Stop after the token with this id. Repeatable.", ("--stop-token-id",), tuple
@@ -103,7 +84,21 @@ _OPTIONS: dict[str, _Option] = {
         "ID=BIAS",
         "Add BIAS to the logit of the token with this id; -inf forbids the token. Repeatable.",
         (),
-        _biases,
+        biases,
+    ),
+    "template_options": _Option(
+        ADVANCED,
+        list[str],
+        "NAME=VALUE",
+        "Set a variable of the model's chat template, such as enable_thinking=false. Repeatable.",
+        ("--template-option",),
+        template_options,
+    ),
+    "special_tokens_in_messages": _Option(
+        ADVANCED,
+        bool,
+        None,
+        "In chats, read special tokens written out in a message, such as <|im_end|>, as special tokens, not as text.",
     ),
     "seed": _Option(SAMPLING, int, "S", "Random seed; the same seed gives the same answer."),
     "num_draft_tokens": _Option(
@@ -112,7 +107,7 @@ _OPTIONS: dict[str, _Option] = {
         "auto|K",
         "Draft K tokens before each step of the model; auto follows measured costs, 0 disables drafting.",
         (),
-        _auto_or_number,
+        auto_or_number,
     ),
     "lookup": _Option(DRAFTING, bool, None, "Also draft by copying what followed the same words earlier in the text."),
     "max_draft_tokens": _Option(ADVANCED, int, "K", "Draft at most K tokens a step with --num-draft-tokens auto."),
@@ -178,13 +173,15 @@ class ModelOptions:
         model: Folder of the target; the embedded one if none is named.
         draft: Folder of the draft; None for none.
         load: Fields of `config.LoadConfig`, valid ones.
-        generation: Fields of `config.GenerationConfig`, valid ones.
+        generation: Fields of `config.GenerationConfig` that were given, valid ones.
+        chat: Fields of `chat_config.ChatConfig` that were given, valid ones.
     """
 
     model: str
     draft: str | None
     load: dict[str, Any]
     generation: dict[str, Any]
+    chat: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def parse(cls, model: str | None, draft: str | None, words: dict[str, Any]) -> Self:
@@ -195,8 +192,8 @@ class ModelOptions:
         """
         target, drafter = or_demo(model, draft)
         given = {name: _OPTIONS[name].parse(word) for name, word in words.items() if word not in (None, [])}
-        load, generation = (_checked(config, given) for config in (LoadConfig, GenerationConfig))
-        return cls(str(target), None if drafter in (None, "none") else str(drafter), load, generation)
+        load, generation, chat = (_checked(config, given) for config in (LoadConfig, GenerationConfig, ChatConfig))
+        return cls(str(target), None if drafter in (None, "none") else str(drafter), load, generation, chat)
 
 
 def with_model_options(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -212,7 +209,9 @@ def with_model_options(*left_out: str) -> Callable[[Callable[..., None]], Callab
 
         @functools.wraps(command)
         def with_options(model: str | None, draft: str | None, **values: Any) -> None:
-            words = {name: values.pop(name) for name in _OPTIONS if name in values}
+            source_of = click.get_current_context().get_parameter_source
+            shared_values = {name: values.pop(name) for name in _OPTIONS if name in values}
+            words = {n: word for n, word in shared_values.items() if source_of(n) is not ParameterSource.DEFAULT}
             try:
                 command(**values, options=ModelOptions.parse(model, draft, words))
             except ConfigError as error:
@@ -233,40 +232,24 @@ def flag_of(field_name: str) -> str:
     return flags[-1] if flags else "--" + field_name.replace("_", "-")
 
 
-def parse_number(flag: str, word: str) -> float:
-    """Return a number that may end in k, M, B or T, such as the size of a model or of a text.
-
-    Raises:
-        ConfigError: It is none, or beyond all use.
-    """
-    unit = _UNITS.get(word[-1:].lower())
-    try:
-        number = float(word[:-1]) * unit if unit else float(word)
-    except ValueError:
-        number = 0.0
-    if not 0 < number <= LARGEST_NUMBER:
-        raise ConfigError(f"{flag} is {word!r}, expected a number above 0", "for example 50M, 1.5B or 2e9")
-    return number
-
-
 def _with_flags(message: str) -> str:
     """Say flags where the Python API says field names."""
     return _FIELD.sub(lambda field: flag_of(field[0]), message)
 
 
-def _checked(config: type[LoadConfig | GenerationConfig], given: dict[str, Any]) -> dict[str, Any]:
+def _checked(config: type[LoadConfig | GenerationConfig | ChatConfig], given: dict[str, Any]) -> dict[str, Any]:
     values = {name: given[name] for name in _defaults(config) if name in given}
     config.from_options(**values)
     return values
 
 
-def _defaults(config: type[LoadConfig | GenerationConfig]) -> dict[str, Any]:
+def _defaults(config: type[LoadConfig | GenerationConfig | ChatConfig]) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(config)}
 
 
 def _parameter(name: str) -> inspect.Parameter:
     option = _OPTIONS[name]
-    default = {**_defaults(LoadConfig), **_defaults(GenerationConfig)}[name]
+    default = {**_defaults(LoadConfig), **_defaults(GenerationConfig), **_defaults(ChatConfig)}[name]
     if default in ((), dataclasses.MISSING):
         default = None  # a repeatable option that was not given
     return _typer_parameter(name, option, default, option.flags or (flag_of(name),))

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from edge_runtime.cli import console
-from edge_runtime.cli.options import ADVANCED, COMMON, parse_number
+from edge_runtime.cli.options import ADVANCED, COMMON
+from edge_runtime.cli.parsing import parse_number
 from edge_runtime.cli.training import StageBars
 
 _DATA, _SHAPE, _ALIGNMENT, _TRAINING = "Data", "Shape", "Alignment", "Training"

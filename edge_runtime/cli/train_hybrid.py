@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from edge_runtime.cli.options import ADVANCED, parse_number
+from edge_runtime.cli.options import ADVANCED
+from edge_runtime.cli.parsing import parse_number
 from edge_runtime.cli.training import run_adaptation
 
 _TRAINING = "Training"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.cli import console
-from edge_runtime.cli.options import parse_number
+from edge_runtime.cli.parsing import parse_number
 
 if TYPE_CHECKING:
     from edge_export.adapt import Adaptation

@@ -48,6 +48,44 @@ def test_answers_are_those_of_the_api_and_earlier_turns_are_not_read_again(talk,
     assert first_turn <= results[1].metrics.reused_tokens < results[1].metrics.prompt_tokens
 
 
+RECOMMENDED = {"do_sample": True, "temperature": 0.6, "top_k": 0, "repetition_penalty": 1.5, "suppress_tokens": [3]}
+
+
+def test_chat_follows_generation_config_and_says_so(edge_run, copy_of):
+    folder = copy_of()
+    (folder / "generation_config.json").write_text(json.dumps(RECOMMENDED))
+    options = EdgeLLM.load(folder).recommended_options
+    assert options == {
+        "temperature": 0.6,
+        "repetition_penalty": 1.5,
+        "logit_bias": {3: float("-inf")},
+    }
+
+    def talk(*flags):
+        return edge_run("chat", "-m", folder, *FLAGS, "--seed", 5, *flags, stdin=b"Hello\n")
+
+    followed = talk()
+    told = "temperature 0.6, repetition-penalty 1.5, 1 token suppressed; -t 0 for greedy"
+    assert f"note: sampling from the model's generation_config.json: {told}" in followed.err
+    llm = EdgeLLM.load(folder)
+    assert followed.out == llm.chat("Hello", max_new_tokens=12, ignore_eos=True, seed=5, **options).text + "\n"
+
+    greedy = talk("-t", "0")
+    assert "note: from the model's generation_config.json: repetition-penalty 1.5, 1 token suppressed\n" in greedy.err
+    own = talk("-t", "0", "--repetition-penalty", "1", "--logit-bias", "3=0")
+    assert "generation_config" not in own.err
+    plain = llm.chat("Hello", max_new_tokens=12, ignore_eos=True).text  # the API takes nothing by itself
+    assert own.out == f"{plain}\n"
+
+
+def test_generation_config_that_cannot_be_used_is_one_note(edge_run, copy_of):
+    folder = copy_of()
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": -1}')
+    done = edge_run("chat", "-m", folder, *FLAGS, stdin=b"Hello\n")
+    assert (done.code, done.err.count("note: ")) == (0, 1)
+    assert "temperature is -1, expected at least 0" in done.err
+
+
 def test_stats_of_the_last_answer(talk):
     done, results = talk("/stats", "Hello", "And then?", "/stats")
     assert "there is no answer yet" in done.err

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import typer
 
+from edge_runtime.chat_config import ChatConfig
 from edge_runtime.cli.options import flag_of
 from edge_runtime.config import GenerationConfig, LoadConfig
 
@@ -45,6 +46,14 @@ LOAD = {
     "draft_properties": (["NUM_STREAMS=1"], {"NUM_STREAMS": "1"}),
 }
 FIELDS = {**GENERATION, **LOAD}
+CHAT = {
+    "template_options": (
+        ["enable_thinking=false", "name=Ann", "top=3"],
+        {"enable_thinking": False, "name": "Ann", "top": 3},
+    ),
+    "special_tokens_in_messages": ([None], True),
+}
+BY_THE_API_ALONE = {"tools", "documents", "continue_final_message"}
 
 
 @pytest.fixture
@@ -70,6 +79,7 @@ def given(edge_run, monkeypatch):
 def test_every_field_is_tested():
     configs = (GenerationConfig, LoadConfig)
     assert {field.name for config in configs for field in dataclasses.fields(config)} == set(FIELDS)
+    assert {field.name for field in dataclasses.fields(ChatConfig)} == set(CHAT) | BY_THE_API_ALONE
 
 
 def test_nothing_given_is_every_default(given):
@@ -86,6 +96,33 @@ def test_value_arrives_and_nothing_else_changes(given, name):
     defaults = {**dataclasses.asdict(GenerationConfig()), **dataclasses.asdict(LoadConfig())}
     assert expected != defaults[name]
     assert {**dataclasses.asdict(generation), **dataclasses.asdict(load)} == {**defaults, name: expected}
+
+
+@pytest.mark.parametrize("name", CHAT)
+def test_option_of_chats_arrives(given, name):
+    words, expected = CHAT[name]
+    flags = [part for word in words for part in ((flag_of(name),) if word is None else (flag_of(name), word))]
+    assert given("--chat", *flags)[2].chat == {name: expected}
+
+
+def test_only_what_is_given_counts_as_given(given):
+    """A model's own recommendation gives way to `-t 0`, which is also the default."""
+    assert (given()[2].generation, given("-t", "0")[2].generation) == ({}, {"temperature": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--special-tokens-in-messages",), "--special-tokens-in-messages is given without --chat"),
+        (("--template-option", "a=1"), "--template-option is given without --chat"),
+        (("--chat", "--template-option", "a"), "--template-option is 'a', expected NAME=VALUE"),
+        (("--chat", "--template-option", "messages=1"), "sets 'messages', which is not an option of a template"),
+    ],
+)
+def test_option_of_chats_that_cannot_be_used(edge_run, flags, told):
+    done = edge_run("generate", "-m", "target", *flags, "x")
+    assert (done.code, done.err.count("error: ")) == (2, 1)
+    assert told in done.err
 
 
 @pytest.mark.parametrize("flag", ["-d", "--draft"])
