@@ -124,11 +124,7 @@ class EdgeLLM:
 
     @property
     def recommended_options(self) -> dict[str, Any]:
-        """The options in which the model's makers would run it, from its generation_config.json; may be empty.
-
-        Nothing is taken from there by itself: answers are greedy unless told otherwise. Pass them on to follow it, as
-        `edge-run chat` does: `llm.chat(messages, **llm.recommended_options)`.
-        """
+        """Options of the model's generation_config.json; nothing takes them by itself but `edge-run chat`."""
         return dict(self.recommended.options)
 
     def warm_up(self) -> None:
