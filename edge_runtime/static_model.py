@@ -74,8 +74,7 @@ class StaticModel:
         self.device, self._added = device_label(device), config.properties
         self.vocab_size = int(self._compiled.output("logits").get_partial_shape()[2].get_length())
         self.num_tokens = 0
-        self._request = self._compiled.create_infer_request()
-        self._request.set_tensor("beam_idx", ov.Tensor(np.zeros(1, np.int32)))
+        self._open_request()
         self._step_tokens, self._chunk_tokens = config.npu_step_tokens or 1, config.prefill_chunk_size
         self._step_s = self._chunk_s = 0.0
         self._ids: list[int] = []
@@ -95,6 +94,8 @@ class StaticModel:
             )
         self._ids[self.num_tokens :] = token_ids
         begin = 0 if self._begins_anew(end, num_rows) else self.num_tokens
+        if begin == 0 and self._has_nan:
+            self._open_request()
         *spans, last = self._spans(begin, end, num_rows)
         earlier = [self._infer(*span).copy() for span in spans]
         rows = self._infer(*last)
@@ -143,6 +144,12 @@ class StaticModel:
         for first in range(begin, end, self._step_tokens):
             yield first, min(first + self._step_tokens, end)
 
+    def _open_request(self) -> None:
+        """Begin with empty keys and values: a step reads all of the context, where NaN stays NaN behind the mask."""
+        self._request = self._compiled.create_infer_request()
+        self._request.set_tensor("beam_idx", ov.Tensor(np.zeros(1, np.int32)))
+        self._has_nan = False
+
     def _infer(self, begin: int, end: int) -> Rows:
         """Compute tokens `begin` to `end`; return their rows, of a prompt's only the last one."""
         width, is_prompt = end - begin, begin == 0 and end > 1
@@ -154,8 +161,9 @@ class StaticModel:
         started, self._unstepped = time.perf_counter(), self.context_length  # should it fail, the next call begins anew
         self._request.infer(share_outputs=True)
         self._learn(time.perf_counter() - started, end if is_prompt else 0)
-        rows: Rows = self._request.get_tensor("logits").data[0]
-        return rows[-1:] if is_prompt else rows[-width:]
+        rows: Rows = self._request.get_tensor("logits").data[0][-1 if is_prompt else -width :]
+        self._has_nan |= bool(np.isnan(rows[:, 0]).any())  # a hidden state with NaN makes every logit NaN
+        return rows
 
     def _learn(self, seconds: float, prompt_tokens: int) -> None:
         """Keep the least seconds of a step and of a prompt's chunk, and how long a prompt no step has followed is."""

@@ -18,7 +18,8 @@ class DraftSettings:
     Attributes:
         num_draft_tokens: Every K; the draft is also measured with the pacing's own choice.
         max_new_tokens: Longest answer, in tokens.
-        temperature: 0 is greedy. Otherwise a prompt's line seeds all its answers.
+        temperature: 0 is greedy. Otherwise a prompt's line seeds all its answers, so that all variants give the same
+            answer; a seed costs some of the acceptance that a request without one has (`noise.py`).
         drafters: What is measured beside plain decoding, in the words of a row.
         is_chat: Whether prompts are questions, to be asked in the model's chat template.
     """

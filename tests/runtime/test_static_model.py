@@ -5,10 +5,15 @@ The reference is PagedAttention on the CPU in f32, whose own exactness other fil
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
+import openvino as ov
 import pytest
 
 from edge_runtime.errors import ContextOverflowError
+from edge_runtime.manifest import MANIFEST_NAME, MODEL_NAME
 from edge_runtime.paged_model import PagedModel
 from edge_runtime.static_model import StaticModel
 from tests.runtime.npuw import CHUNKS, KEYS_IN_F16, V, load, random_ids, reference
@@ -213,3 +218,27 @@ def test_cached_models_are_those_asked_for(tmp_path, tiny_ir):
 def test_bytes_of_keys_and_values(pair):
     """Llama: 2 layers x keys and values x 2 heads x 16 x 2 bytes."""
     assert pair()[0].kv_bytes == 512 * (2 * 2 * 2 * 16 * 2)
+
+
+def with_nan_token(folder: Path, copy: Path, token_id: int) -> Path:
+    """Copy a model, with NaN in one token's embedding."""
+    shutil.copytree(folder, copy)
+    model = ov.Core().read_model(folder / MODEL_NAME)
+    gather = next(op for op in model.get_ops() if op.get_type_name() == "Gather" and "embed" in op.get_friendly_name())
+    weights = gather.input_value(0).get_node().data.copy()
+    weights[token_id] = np.nan
+    gather.input(0).replace_source_output(ov.opset13.constant(weights).output(0))
+    ov.save_model(model, copy / MODEL_NAME, compress_to_fp16=False)
+    (copy / MANIFEST_NAME).unlink()  # it knows the files' sizes
+    return copy
+
+
+def test_nan_in_a_step_is_not_seen_by_the_next_prompt(tiny_ir, tmp_path):
+    """Keys and values behind the mask are multiplied by 0, and 0 * NaN is NaN: every later step was."""
+    folder = with_nan_token(tiny_ir("llama"), tmp_path / "copy", 5)
+    model, prompt, step = load(folder), list(range(10, 100)), [7, 8, 9]
+    wanted = [model.forward(ids, 1).copy() for ids in (prompt, step)]
+    assert np.isnan(model.forward([5], 1)).all()
+    model.rollback(0)
+    for ids, rows in zip((prompt, step), wanted, strict=True):
+        np.testing.assert_array_equal(model.forward(ids, 1), rows)
