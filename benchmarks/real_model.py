@@ -36,6 +36,8 @@ from measure import (
 )
 from overhead import EDGE_SCRIPT, PEER_SCRIPT, seconds_to_output
 
+from edge_runtime import strict_json
+
 QUESTION = "What is gravity? Explain in two sentences."
 LONG_PROMPT_TOKENS = 1024
 NEW_TOKENS = 64
@@ -81,7 +83,7 @@ def serve(engine: str, folder: str) -> None:
     answer = {"edge": edge_engine, "peer": peer_engine}[engine](folder)
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps({**answer(*json.loads(line)), "peak_bytes": peak_rss_bytes()}), flush=True)
+        print(strict_json.dumps({**answer(*json.loads(line)), "peak_bytes": peak_rss_bytes()}), flush=True)
 
 
 class Served:
@@ -95,7 +97,7 @@ class Served:
     def ask(self, ids: list[int], new_tokens: int) -> dict[str, float]:
         """Return what one request took."""
         assert self._process.stdin is not None
-        print(json.dumps([ids, new_tokens]), file=self._process.stdin, flush=True)
+        print(strict_json.dumps([ids, new_tokens]), file=self._process.stdin, flush=True)
         answer: dict[str, float] = json.loads(self._read())
         return answer
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from measure import machine, report
 
-from edge_runtime import EdgeLLM
+from edge_runtime import EdgeLLM, strict_json
 
 PROMPTS = (
     "Once upon a time there was a little girl who",
@@ -161,7 +161,7 @@ def main() -> int:
             figures["exact"]["batch"] = equal_in_a_batch(folders, runs, options, arguments.seeds)
             whole = f"{arguments.seeds} of {arguments.seeds}"
             checks["in f32 all answers of a seed are the same"] = set(figures["exact"].values()) == {whole}
-        print(json.dumps(figures), file=sys.stderr)
+        print(strict_json.dumps(figures), file=sys.stderr)
     setting = {"seeds": arguments.seeds, "new_tokens": arguments.new_tokens, "K of acceptance": NUM_DRAFT_TOKENS}
     return report({"figures": figures, "setting": setting, "machine": machine()}, checks, arguments.json)
 
