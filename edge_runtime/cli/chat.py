@@ -20,7 +20,6 @@ from edge_runtime.cli.running import load_model, run_stream
 from edge_runtime.cli.terminal import without_echo
 from edge_runtime.cli.transcript import read_transcript, write_transcript
 from edge_runtime.errors import ConfigError, ContextOverflowError, EdgeError
-from edge_runtime.model_defaults import SAMPLING
 
 if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM
@@ -55,7 +54,10 @@ def chat(
     *,
     options: ModelOptions,
 ) -> None:
-    """Chat with a model in the terminal; type `/help` there for its commands."""
+    """Chat with a model in the terminal; type `/help` there for its commands.
+
+    Answers are sampled as the model's generation_config.json asks; options given here go before it.
+    """
     llm = load_model(options, warm_up=True)
     if not llm.tokenizer.has_chat_template:
         raise ConfigError(
@@ -199,6 +201,8 @@ class Conversation:
 
 def _note_recommended(recommended: Recommended, given: dict[str, Any]) -> None:
     """Say what is taken from the model's generation_config.json, and what cannot be."""
+    from edge_runtime.model_defaults import SAMPLING
+
     for sentence in recommended.ignored:
         console.note(f"note: {sentence}")
     is_greedy = not given.get("temperature", recommended.options.get("temperature"))

@@ -192,10 +192,10 @@ def test_text_becomes_a_part_where_the_template_expects_parts(folder):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ([{"type": "image", "url": "x"}], "a part of type 'image', this model reads text alone"),
+        ([{"type": "image", "url": "x"}], "a part of type 'image', but this model reads only text"),
         ([{"type": "text", "text": "a"}, {"type": "image_url"}], "a part of type 'image_url'"),
         ([{"type": "text"}], "expected a text in its entry `text`"),
-        (["text"], "the part 'text', this model reads text alone"),
+        (["text"], "the part 'text', but this model reads only text"),
         (5, "expected its content to be a text or a list of text parts"),
         (None, "expected a dictionary with role and content"),
     ],
@@ -210,7 +210,7 @@ def test_content_that_is_no_text_is_one_error(folder, content, told):
 
 def test_tool_calls_without_a_text_are_refused_where_the_template_would_lose_them(folder):
     write(folder, {"chat_template": PLAIN})
-    with pytest.raises(ConfigError, match=r"message 1 has tool calls in place of a text, which .* does not know"):
+    with pytest.raises(ConfigError, match=r"message 1 has tool calls in place of a text, which .* does not support"):
         rendered(folder, CALLS)
 
 
