@@ -27,6 +27,7 @@ from edge_export.cats.calibrate import find_thresholds, masked, union_density
 from edge_export.cats.finetune import read_thresholds
 from edge_export.quiet import quiet
 from edge_export.sources import open_source
+from edge_runtime.bench.plot import check_plot
 from edge_runtime.demo import demo_target
 from edge_runtime.manifest import MODEL_NAME
 from edge_runtime.tokenizer import Tokenizer
@@ -149,6 +150,14 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--plot", type=Path, help="picture to write")
     arguments = parser.parse_args()
+    if arguments.plot:
+        check_plot(
+            arguments.plot,
+            model=arguments.model,
+            calibration=arguments.calibration,
+            text=arguments.text,
+            recovered=arguments.recovered,
+        )
     model = load(arguments.model)
     calibration = windows_of(arguments.model, arguments.calibration, arguments.calibration_tokens)
     text = windows_of(arguments.model, arguments.text, arguments.tokens)

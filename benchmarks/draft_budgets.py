@@ -33,6 +33,7 @@ from edge_export.fastdraft.target import open_target
 from edge_export.one_epoch import Ledger
 from edge_export.quiet import quiet
 from edge_export.train import CHECKPOINT, LEDGER
+from edge_runtime.bench.plot import check_plot
 from edge_runtime.bench.statistics import ratio_difference_interval
 
 NUM_BUDGETS, STEP = 4, 4
@@ -166,6 +167,8 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args()
+    if arguments.plot:
+        check_plot(arguments.plot, draft=arguments.draft, prompts=arguments.prompts)
     largest = largest_budget(arguments.draft)
     budgets = [largest // STEP**power for power in reversed(range(NUM_BUDGETS))]
     models = {budget: trained(arguments.draft, budget) for budget in budgets}

@@ -42,6 +42,7 @@ from measure import (
 from edge_runtime import EdgeLLM
 from edge_runtime.bench.cats import read_bandwidth
 from edge_runtime.bench.draft import DraftBench
+from edge_runtime.bench.plot import check_plot
 from edge_runtime.bench.prompts import Prompt, read_prompts
 from edge_runtime.bench.settings import DraftSettings
 from edge_runtime.demo import demo_target
@@ -250,6 +251,8 @@ def with_peer_tokenizer(folder: Path, copy: Path) -> Path:
 
 def main() -> int:
     arguments = _arguments()
+    if arguments.plot:
+        check_plot(arguments.plot, target=arguments.target, draft=arguments.draft, prompts=arguments.prompts)
     settings = Settings(
         arguments.target,
         arguments.draft,

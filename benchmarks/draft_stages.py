@@ -24,6 +24,7 @@ import numpy as np
 from measure import machine, report
 
 from edge_runtime import EdgeLLM
+from edge_runtime.bench.plot import check_plot
 from edge_runtime.bench.prompts import read_prompts
 from edge_runtime.bench.rows import rounded
 from edge_runtime.bench.statistics import ratio_difference_interval, ratio_interval
@@ -208,6 +209,8 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args()
+    if arguments.plot:
+        check_plot(arguments.plot, draft=arguments.draft, prompts=arguments.prompts)
     recipe = json.loads((arguments.draft / "stages" / "recipe.json").read_text(encoding="utf-8"))
     stages = arguments.draft / "stages"
     models = {name: stages / name / "model" for name in ("pretrain", "continue", "align")}

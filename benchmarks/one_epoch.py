@@ -37,6 +37,8 @@ from edge_export.one_epoch import FLOPS_PER_TOKEN, Budget, adjust
 from edge_export.quiet import quiet
 from edge_export.train import Progress, TrainConfig, train
 from edge_runtime import strict_json
+from edge_runtime.bench.plot import check_plot
+from edge_runtime.outputs import check_apart
 
 WINDOW, VOCAB_SIZE, BATCH = 128, 1024, 16
 WIDTH, LAYERS, HEAD_DIM = 64, 3, 32
@@ -296,6 +298,9 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args()
+    check_apart(arguments.work_dir, text=arguments.text)
+    if arguments.plot:
+        check_plot(arguments.plot, text=arguments.text)
     lab = Lab(arguments.text, arguments.work_dir)
     rows = passes_table(lab, arguments.tokens)
     rule = rule_table(lab, arguments.flops)

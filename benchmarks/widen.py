@@ -47,6 +47,7 @@ from edge_runtime import EdgeLLM
 from edge_runtime.demo import demo_target
 from edge_runtime.manifest import MODEL_NAME
 from edge_runtime.metrics import peak_rss_bytes
+from edge_runtime.outputs import check_apart, check_output
 from edge_runtime.tokenizer import Tokenizer
 
 GROUP = 128
@@ -246,6 +247,8 @@ def checks_of(result: dict[str, Any]) -> dict[str, bool]:
 
 def main() -> int:
     arguments = _arguments()
+    check_apart(arguments.output, source=arguments.source, text=arguments.text)
+    check_output(arguments.output / "hf")
     source = load(arguments.source)
     config = wide(source.config, arguments.params)
     text = arguments.text.read_text(encoding="utf-8") if arguments.text else " ".join(verify.PROMPTS)
@@ -282,7 +285,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "source", type=Path, nargs="?", default=demo_target(), help="folder of a Llama: Hugging Face or int8 IR"
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to make: hf, and one for each format")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="folder in which hf and one folder for each format are made"
+    )
     parser.add_argument("--params", type=float, default=1e9, help="parameters wanted")
     parser.add_argument("--weights", nargs="*", default=["int8", "int4"])
     parser.add_argument("--text", type=Path, help="text for perplexity and agreement; a few paragraphs by default")

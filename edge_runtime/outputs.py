@@ -107,13 +107,15 @@ def claimed(work: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def check_work_folder(work: Path) -> None:
+def check_work_folder(work: Path, *marks: str) -> None:
     """Refuse a work folder that holds something and that `claimed` did not make.
 
     Raises:
         ConfigError: It does.
     """
-    is_ours = work.is_dir() and ((work / LOCK_NAME).is_file() or not any(work.iterdir()))
+    is_ours = work.is_dir() and (
+        any((work / mark).is_file() for mark in (LOCK_NAME, *marks)) or not any(work.iterdir())
+    )
     if work.is_symlink() or (work.exists() and not is_ours):
         raise ConfigError(f"`{work}` is in the way, and edge-run did not create it", "move it, or name another output")
 

@@ -33,6 +33,7 @@ from edge_runtime.outputs import check_apart, check_output, check_work_folder, c
 if TYPE_CHECKING:
     import torch
 
+RECIPE = "recipe.json"
 HINT = "give the same options to resume it, or remove the folder"
 HELD_OUT_WINDOWS = 32
 """Most windows on which perplexity is measured before and after."""
@@ -135,7 +136,7 @@ def adapt(
     work = place.with_name(place.name + ".training")
     for written in (place, work):
         check_apart(written, source=recipe.source, text=recipe.text)
-    check_work_folder(work)
+    check_work_folder(work, RECIPE)
     origin = open_source(recipe.source)
     check_family(origin)
     adaptation.check_early(origin.config)
@@ -155,7 +156,7 @@ def _adapt(
     if is_main:
         if not any((work / name).is_dir() for name in (CHECKPOINT, CHECKPOINT + ".last")):
             empty(work)  # nothing was learned there
-        check_same({**plain(recipe), **adaptation.settings()}, work / "recipe.json", HINT)
+        check_same({**plain(recipe), **adaptation.settings()}, work / RECIPE, HINT)
     processes().wait_for_everyone()
     on_progress("read", 0, 1, "")
     with quiet():

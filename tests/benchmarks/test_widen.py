@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ import pytest
 from edge_export import torch_source, verify
 from edge_runtime import EdgeLLM
 from edge_runtime.demo import demo_target
+from edge_runtime.errors import ConfigError
 from tests.tiny_models import make_hf_model
 
 SEED = 3
@@ -38,6 +40,19 @@ def pair(widen: Any, source: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     config = widen.wide(small.config, 20 * torch_source.num_parameters(small))
     folder = widen.save_wide(small, source, config, tmp_path_factory.mktemp("wide"), SEED)
     return small, widen.load(folder)
+
+
+@pytest.mark.parametrize(("output", "told"), [("hf", "is the source"), (".", "holds the source"), ("out", "not empty")])
+def test_nothing_is_written_over(
+    widen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, told: str
+) -> None:
+    """With its source as OUT/hf, it wrote random weights over it."""
+    for name in ("hf", "out/hf"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["widen.py", str(tmp_path / "hf"), "-o", str(tmp_path / output)])
+    with pytest.raises(ConfigError, match=told):
+        widen.main()
 
 
 def test_logits_are_the_sources(widen: Any, pair: tuple[Any, Any]) -> None:

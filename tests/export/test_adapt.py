@@ -113,6 +113,25 @@ def test_a_hybrid_learns_and_is_exported(hf, text, tmp_path, tmp_path_factory):
     assert np.abs(torch_logits(folder, ids) - wanted)[-1].max() > 1e-2 * np.abs(wanted).max()
 
 
+def test_training_removes_nothing_of_the_users(hf, text, tmp_path):
+    """OUT.training was emptied where it held no checkpoint, whoever had made it."""
+    work = tmp_path / "out.training"
+    work.mkdir()
+    (work / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="did not create it"):
+        adapt(recipe(hf, text), CatsAdaptation(cats=0.5, rank=4), tmp_path / "out")
+    assert (work / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("output", ["hf", "", "hf/out"])
+def test_source_and_text_are_never_written_over(tmp_path, output):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "text.txt").write_text("precious")
+    given = AdaptRecipe(source="owner/name", text=(tmp_path / "hf",))
+    with pytest.raises(ConfigError, match=r"the text|not empty"):
+        adapt(given, CatsAdaptation(cats=0.5), tmp_path / output)
+
+
 def test_from_scratch_begins_with_other_weights(hf, text, tmp_path):
     made = adapt(
         recipe(hf, text), HybridAdaptation("s2:window=16,stride=2,block=16", is_from_scratch=True), tmp_path / "o"
@@ -157,7 +176,7 @@ def test_another_recipe_does_not_go_on_with_it(hf, text, tmp_path):
 
 def test_a_training_that_learned_nothing_is_begun_anew(hf, text, tmp_path):
     """A first try with too long a window left its options behind, and the right ones were then refused."""
-    with pytest.raises(ConfigError, match="a window has 100000"):
+    with pytest.raises(ConfigError, match="a window needs 100000"):
         adapt(recipe(hf, text, window=100_000), CatsAdaptation(cats=0.5, rank=4), tmp_path / "out")
     assert adapt(recipe(hf, text), CatsAdaptation(cats=0.5, rank=4), tmp_path / "out") is not None
 
