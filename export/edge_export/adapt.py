@@ -25,7 +25,8 @@ from edge_export.quiet import quiet
 from edge_export.record import check_same, plain, write_json
 from edge_export.sources import Source, load_config, open_source
 from edge_export.staging import staged
-from edge_export.tokenizer_files import library_tokenizer, save_tokenizer
+from edge_export.tokenizer_files import save_tokenizer
+from edge_export.tokenizer_ids import library_tokenizer
 from edge_export.train import CHECKPOINT, Progress, TrainConfig, best_precision, next_token_loss, processes, train
 from edge_runtime.errors import ConfigError
 from edge_runtime.outputs import check_apart, check_output, check_work_folder, claimed, empty

@@ -14,15 +14,23 @@ Every difference is a note of the export. Ids are then compared on texts that ex
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_export.quiet import quiet
 from edge_export.sources import Source
+from edge_export.tokenizer_convert import convert
+from edge_export.tokenizer_ids import (
+    PLAIN_TEXTS,
+    check_equal,
+    encoded,
+    library_tokenizer,
+    shown,
+    texts_for,
+    transformers_tokenizer,
+)
 from edge_runtime.chat_template import TEMPLATES_NAME
 from edge_runtime.errors import ConfigError, ExportError
 from edge_runtime.manifest import read_json
@@ -40,29 +48,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 """What a tokenizer consists of, for us and for transformers."""
-PLAIN_TEXTS = (
-    "How are you doing?",
-    "Once upon a time, there was a little fox.",
-    "  two spaces before,\ttab,\n\nblank line and trailing space ",
-    "runs of      spaces,\t\ttabs and\n\n\n\nlines\r\n",
-    "def add(left, right):\n    return left + right  # 1234567890 3.14 0xFF 1,000,000",
-    "Zwölf Boxkämpfer jagen Viktor; où est le garçon naïf?",
-    "Съешь же ещё этих мягких французских булок.",
-    "敏捷的棕色狐狸跳过懒狗。すばやい茶色の狐。빠른 갈색 여우",
-    "مرحبا بالعالم שלום עולם नमस्ते दुनिया",
-    "👩‍👩‍👧‍👦 🦊 🇩🇪 e\u0301 ﬁ \u200b end",
-    "",
-)
-CHAT_TEXTS = (
-    "<|im_start|>user\n Hi there<|im_end|>\n<|im_start|>assistant\n",
-    "<s>[INST] Hi there [/INST] Hello </s>",
-    "<|user|>\n Hi there<|end|>\n<|assistant|>\n",
-    "<start_of_turn>user\nHi<end_of_turn>\n",
-)
 CLASSES_THAT_SET_ENDS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
 """Those whose add_bos_token and add_eos_token transformers 4 put in the place of what tokenizer.json has."""
-MAX_ADDED_TOKENS = 64
-"""Most added tokens that the comparison puts into texts, half of them the first and half the last."""
 _SOURCES = (TOKENIZER_NAME, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 
 
@@ -95,8 +82,14 @@ def save_tokenizer(source: Source, folder: Path) -> SavedTokenizer:
         ExportError: The source has no tokenizer, or one whose ids cannot be reproduced.
     """
     check_tokenizer(source)
-    saved = (_copy if (source.folder / TOKENIZER_NAME).is_file() else _convert)(source, folder)
-    return SavedTokenizer(tokenizer=saved.tokenizer, notes=(*saved.notes, *_check_rows(source, saved.tokenizer)))
+    if (source.folder / TOKENIZER_NAME).is_file():
+        notes = _copy(source, folder)
+    else:
+        convert(source.folder, folder)
+        copy_files(source.folder, folder)
+        notes = [f"{TOKENIZER_NAME} was made by transformers: the source has none"]
+    saved = Tokenizer(folder)
+    return SavedTokenizer(tokenizer=saved, notes=(*notes, *_check_rows(source, saved)))
 
 
 def copy_files(origin: Path, folder: Path) -> None:
@@ -108,26 +101,8 @@ def copy_files(origin: Path, folder: Path) -> None:
         shutil.copytree(origin / TEMPLATES_NAME, folder / TEMPLATES_NAME, dirs_exist_ok=True)
 
 
-def library_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    """Return a folder's tokenizer.json as the `tokenizers` library reads it; texts are neither cut nor padded.
-
-    Raises:
-        ExportError: The file is damaged.
-    """
-    import tokenizers
-
-    path = folder / TOKENIZER_NAME
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for every kind of damage
-        raise _unreadable(path, error) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _copy(source: Source, folder: Path) -> SavedTokenizer:
-    """Copy tokenizer.json and what belongs to it; rewrite it only for what tokenizer_config.json adds."""
+def _copy(source: Source, folder: Path) -> list[str]:
+    """Copy tokenizer.json and what belongs to it, rewritten only for what tokenizer_config.json adds; return notes."""
     copy_files(source.folder, folder)
     own, config = library_tokenizer(source.folder), read_json(source.folder / "tokenizer_config.json")
     saved = Tokenizer(folder)
@@ -135,99 +110,11 @@ def _copy(source: Source, folder: Path) -> SavedTokenizer:
     if notes:
         own.save(str(folder / TOKENIZER_NAME))
         saved = Tokenizer(folder)
-    texts = _texts(own)
+    texts = texts_for(own)
     for special in (True, False):
         expected = [encoding.ids for encoding in own.encode_batch(texts, add_special_tokens=special)]
-        _check_equal(texts, expected, _encoded(saved, texts, special), "the source's own file")
-    notes += [*_flag_notes(own, config), *_transformers_notes(source, saved, texts)]
-    return SavedTokenizer(tokenizer=saved, notes=tuple(notes))
-
-
-def _convert(source: Source, folder: Path) -> SavedTokenizer:
-    """Have transformers make a tokenizer.json of the files that the source has instead."""
-    pieces = _sentencepiece_model(source.folder)
-    original = _transformers_tokenizer(source)
-    original.save_pretrained(folder)
-    if not (folder / TOKENIZER_NAME).is_file():
-        raise ExportError(f"the tokenizer of `{source.name}` exists only as Python code, expected {TOKENIZER_NAME}")
-    copy_files(source.folder, folder)
-    if pieces is None:
-        texts = _texts(library_tokenizer(folder))
-        expected = [original(text)["input_ids"] for text in texts]
-        _check_equal(texts, expected, _encoded(Tokenizer(folder), texts), "transformers")
-    else:
-        expected = [pieces.encode(text) for text in PLAIN_TEXTS]
-        if _encoded(Tokenizer(folder), PLAIN_TEXTS, special=False) != expected:
-            _prepend_space(folder)
-        _check_equal(PLAIN_TEXTS, expected, _encoded(Tokenizer(folder), PLAIN_TEXTS, special=False), "sentencepiece")
-    saved = Tokenizer(folder)
-    if (lost := _lost_spaces(saved)) is not None:
-        raise ExportError(
-            f"transformers makes a tokenizer of the files in `{source.folder}` that turns {PLAIN_TEXTS[0]!r} into "
-            f"{lost!r}",
-            f"copy the original model's {TOKENIZER_NAME} there",
-        )
-    return SavedTokenizer(tokenizer=saved, notes=(f"{TOKENIZER_NAME} was made by transformers: the source has none",))
-
-
-def _sentencepiece_model(folder: Path) -> Any:
-    """Return the sentencepiece model in a folder; None where there is none.
-
-    Raises:
-        ExportError: The package that reads it is not installed.
-    """
-    for path in folder.glob("*.model"):
-        package = "sentencepiece" if path.read_bytes()[:1] == b"\n" else "tiktoken"  # a protobuf, or lines of base64
-        if importlib.util.find_spec(package) is None:
-            raise ExportError(
-                f"`{path}` can only be read with the package {package}, which is not installed",
-                f"pip install {package}, or copy the original model's {TOKENIZER_NAME} there",
-            )
-        if package == "sentencepiece":
-            import sentencepiece  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-            try:
-                return sentencepiece.SentencePieceProcessor(model_file=str(path))
-            except RuntimeError as error:
-                raise _unreadable(folder, error) from error
-    return None
-
-
-def _prepend_space(folder: Path) -> None:
-    """Let every text begin with one more space, as in sentencepiece and in the tokenizer.json of Llama 2.
-
-    transformers' Metaspace leaves it out where a text begins with a space of its own.
-    """
-    from tokenizers import normalizers
-
-    own = library_tokenizer(folder)
-    own.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    own.pre_tokenizer = None
-    own.save(str(folder / TOKENIZER_NAME))
-
-
-def _encoded(saved: Tokenizer, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-    return [saved.encode(text, add_special_tokens=special) for text in texts]
-
-
-def _transformers_tokenizer(source: Source) -> Any:
-    try:
-        with quiet():
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception for every kind of damage
-        raise _unreadable(source.folder, error) from error
-
-
-def _unreadable(place: Path, error: Exception) -> ExportError:
-    return ExportError(
-        f"the tokenizer in `{place}` cannot be read: {_first_line(error)}", "copy or download the model again"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        check_equal(texts, expected, encoded(saved, texts, special), "the source's own file")
+    return [*notes, *_flag_notes(own, config), *_transformers_notes(source, saved, texts)]
 
 
 # --- what tokenizer_config.json says beyond tokenizer.json ------------------------------------------------------------
@@ -324,48 +211,17 @@ def _flag_notes(own: tokenizers.Tokenizer, config: dict[str, Any]) -> list[str]:
 def _transformers_notes(source: Source, saved: Tokenizer, texts: Sequence[str]) -> list[str]:
     """Tell where transformers reads the source's tokenizer otherwise than its own tokenizer.json says."""
     try:
-        original = _transformers_tokenizer(source)
+        original = transformers_tokenizer(source.folder)
     except ExportError:
         return []  # nobody else reads it either
     for text in texts:
         theirs = original(text, add_special_tokens=False)["input_ids"]
         if theirs != (ours := saved.encode(text, add_special_tokens=False)):
             return [
-                f"transformers ({type(original).__name__}) splits {text!r:.40} into {_ids(theirs)}, {TOKENIZER_NAME} "
-                f"into {_ids(ours)}: exported as the file has it"
+                f"transformers ({type(original).__name__}) splits {text!r:.40} into {shown(theirs)}, {TOKENIZER_NAME} "
+                f"into {shown(ours)}: exported as the file has it"
             ]
     return []
-
-
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def _texts(own: tokenizers.Tokenizer) -> list[str]:
-    """Return the texts on which ids are compared: words of all kinds, and each added token within and around words."""
-    added = [token.content for token in own.get_added_tokens_decoder().values()]
-    half = MAX_ADDED_TOKENS // 2
-    some = added if len(added) <= MAX_ADDED_TOKENS else added[:half] + added[-half:]
-    return [
-        *PLAIN_TEXTS,
-        *CHAT_TEXTS,
-        *(f"{token}user\n How are you?{token}\nFine {token} \n{token}" for token in some),
-    ]
-
-
-def _check_equal(texts: Sequence[str], expected: Sequence[list[int]], got: Sequence[list[int]], who: str) -> None:
-    for text, theirs, ours in zip(texts, expected, got, strict=True):
-        if theirs != ours:
-            raise ExportError(
-                f"the exported {TOKENIZER_NAME} splits {text!r:.60} into {_ids(ours)}, {who} into {_ids(theirs)}",
-                "please report the model",
-            )
-
-
-def _lost_spaces(saved: Tokenizer) -> str | None:
-    """Return what a plain sentence comes back as where its words do not come back apart; None where they do."""
-    text = PLAIN_TEXTS[0]
-    back = saved.decode(saved.encode(text, add_special_tokens=False))
-    return None if back.lower().split() == text.lower().split() else back
 
 
 def _check_rows(source: Source, saved: Tokenizer) -> list[str]:
@@ -393,11 +249,6 @@ def _chat_ids(saved: Tokenizer) -> list[int]:
         return saved.apply_chat_template([{"role": "user", "content": PLAIN_TEXTS[0]}])
     except ConfigError:
         return []
-
-
-def _ids(token_ids: Iterable[int]) -> str:
-    some = list(token_ids)
-    return f"{some[:8]}"[:-1] + (", ...]" if len(some) > 8 else "]")
 
 
 def _some(tokens: Sequence[str]) -> str:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_export.tokenizer_files import copy_files, library_tokenizer
+from edge_export.tokenizer_files import copy_files
+from edge_export.tokenizer_ids import library_tokenizer
 from edge_runtime.errors import ConfigError, ModelFormatError, ModelPairError
 from edge_runtime.manifest import MODEL_NAME, Manifest, load_manifest, read_json
 from edge_runtime.tokenizer import TOKENIZER_NAME, Tokenizer
