@@ -5,6 +5,7 @@ Only names and small files are looked at, so the answer comes before torch is im
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,9 @@ def refuse_other_kinds(folder: Path, config: dict[str, Any]) -> None:
     for pattern in _SMALL_FILES:
         for file in folder.glob(pattern):
             check_is_no_pointer(file)
+    tokenizer = folder / "tokenizer.json"
+    if tokenizer.is_file() and _first_bytes(tokenizer, 3) == codecs.BOM_UTF8:  # its library reads none
+        raise ExportError(f"`{tokenizer}` begins with a byte order mark", "save it as UTF-8 without one")
     if (folder / "model_index.json").is_file():
         raise ExportError(f"`{folder}` is a diffusers pipeline for images, expected a language model")
     modules = folder / "modules.json"
@@ -74,6 +78,11 @@ def refuse_other_kinds(folder: Path, config: dict[str, Any]) -> None:
         raise ExportError(
             f"`{folder}` is an MLX checkpoint with int{bits} weights, which only MLX reads", original(folder, config)
         )
+
+
+def _first_bytes(path: Path, number: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(number)
 
 
 def no_weights(folder: Path) -> ExportError:

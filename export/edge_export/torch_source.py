@@ -67,13 +67,13 @@ def load(source: Source, weights: str) -> Any:
     import torch
 
     config = load_config(source)
-    dtype = torch.float32 if weights == "fp32" else config.dtype or torch.float32
+    dtype = torch.float32 if weights == "fp32" else None
     try:
-        if source.quantization is None:
-            model, info = _from_pretrained(source.folder, config, "float32" if weights == "fp32" else "auto")
-        else:
-            state = dequantize(_stored(source.weight_files), source.quantization, dtype)
-            model, info = _from_pretrained(None, config, dtype, state_dict=state)
+        state = _stored(source.weight_files)
+        if source.quantization:
+            dtype = dtype or config.dtype or torch.float32
+            state = dequantize(state, source.quantization, dtype)
+        model, info = _from_state(state, config, dtype or "auto")
     except EdgeError:
         raise
     except Exception as error:  # safetensors, torch and transformers raise bare exceptions of many kinds
@@ -85,21 +85,20 @@ def load(source: Source, weights: str) -> Any:
     return merge(model, source.adapter) if source.adapter else model.eval()
 
 
-def _from_pretrained(folder: Path | None, config: Any, dtype: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
+def _from_state(state: dict[str, torch.Tensor], config: Any, dtype: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a model with these weights and what transformers says about them; no file of the source is read again."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config))  # which alone takes a state dict in place of a folder
     model, info = kind.from_pretrained(
-        folder,
+        None,
         config=config,
+        state_dict=state,
         dtype=dtype,
-        local_files_only=True,
-        weights_only=True,
         ignore_mismatched_sizes=True,  # told in one line below, where transformers prints a table
         output_loading_info=True,
-        **more,
     )
     return model, info
 

@@ -93,6 +93,7 @@ def _table(folder):
         (_bytes("config.json", '{"model_type": "llama"}'.encode("utf-16")), "is UTF-16 text, expected UTF-8", "UTF-8"),
         (_bytes("config.json", b'{"model_type": "llama"} // mine'), "is not readable JSON", "again"),
         (_bytes("config.json", b'{"a": 1, "a": 2}'), "`a` comes twice, as 1 and as 2", "again"),
+        (_bytes("tokenizer.json", b"\xef\xbb\xbf{}"), "begins with a byte order mark", "without one"),
         (_bytes("config.json", b"[" * 100_000), "is not readable JSON", "again"),
     ],
 )  # fmt: skip
@@ -120,13 +121,15 @@ def test_file_given_for_its_folder_is_named(tmp_path, name, content, message):
 
 
 def test_byte_order_mark_does_no_harm(folder):
+    from edge_export import torch_source
+
     _in_shards("a.safetensors")(folder)
     for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
         if (folder / name).is_file():
             (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
     source = open_source(folder)
     assert [file.name for file in source.weight_files] == ["a.safetensors"]
-    assert load_config(source).hidden_size == 64
+    assert torch_source.load(source, "fp32").config.hidden_size == 64
 
 
 def test_number_that_is_none_is_refused_by_name(folder):
