@@ -142,7 +142,7 @@ def test_from_scratch_begins_with_other_weights(hf, text, tmp_path):
 def test_an_untrained_conversion_says_what_it_is(edge_run, hf, tmp_path):
     code, _, err = edge_run(hf, "-o", tmp_path / "ir", "--weights", "fp32", "--attention", HYBRID)
     assert code == 0
-    assert "converted without training" in err
+    assert "exported without fine-tuning" in err
     assert load_manifest(tmp_path / "ir").attention is not None
 
 
