@@ -231,7 +231,7 @@ def test_what_goes_wrong_in_a_writing_process_is_said_as_it_is(tiny_ir, tmp_path
         write_answers(["a"] * 40, config, tmp_path / "answers.jsonl")
 
 
-@pytest.mark.parametrize(("content", "message"), [("", "hold no text"), ("too short", "a window has 64")])
+@pytest.mark.parametrize(("content", "message"), [("", "hold no text"), ("too short", "a window needs 64")])
 def test_too_little_text_is_refused(recipe, tmp_path, content, message):
     path = tmp_path / "short.txt"
     path.write_text(content)

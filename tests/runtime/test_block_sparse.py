@@ -268,8 +268,8 @@ def test_a_pattern_that_does_not_fit_is_refused(dense, tmp_path, pattern, told):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"attention": "stock"}, "attention is stock, but the model's layers see only a part"),
-        ({"kv_precision": "u4"}, "kv_precision is u4, block-sparse attention keeps"),
+        ({"attention": "stock"}, "this model uses sparse attention, which attention=stock"),
+        ({"kv_precision": "u4"}, "kv_precision is u4, expected one of"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(hybrid, options, told):
