@@ -100,7 +100,12 @@ _OPTIONS: dict[str, _Option] = {
         None,
         "In chats, read special tokens written out in a message, such as <|im_end|>, as special tokens, not as text.",
     ),
-    "seed": _Option(SAMPLING, int, "S", "Random seed; the same seed gives the same answer."),
+    "seed": _Option(
+        SAMPLING,
+        int,
+        "S",
+        "Random seed; the same seed gives the same answer, exactly so in f32 (rounding can change it elsewhere).",
+    ),
     "num_draft_tokens": _Option(
         DRAFTING,
         str,
