@@ -268,7 +268,7 @@ def _load_model(folder: Path, manifest: Manifest, config: LoadConfig) -> CachedM
         from edge_runtime.static_model import StaticModel
 
         static = StaticModel(folder, manifest, device, config)
-        return CachedModel(static, static.context_length)  # it cuts prompts itself
+        return CachedModel(static, static.chunk_size)
     from edge_runtime.paged_model import PagedModel
 
     return CachedModel(PagedModel(folder, manifest, device, config), config.prefill_chunk_size)

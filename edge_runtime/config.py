@@ -76,7 +76,7 @@ class LoadConfig(KeywordOptions):
             prompts much faster.
         num_threads: CPU threads; 0 for the device's choice (one for models too small to share).
         prefill_chunk_size: Prompt tokens per forward: bounds memory and how long a cancel can take. On NPU a power of
-            two; a prompt is read in one go there, and cancelled after it.
+            two.
         context_length: Most tokens held, prompt and answer together, where the model's own context is not shorter.
             None for the model's own; on NPU, which takes the memory for all of them at once, for at most 2048.
         npu_step_tokens: Most tokens of one step of the target on NPU, the last one and those drafted after it: 1 or a

@@ -39,6 +39,8 @@ def npu_properties(config: LoadConfig, context_length: int) -> dict[str, Any]:
         "NPUW_LLM_PREFILL_CHUNK_SIZE": chunk,
         "NPUW_LLM_GENERATE_PYRAMID": "NO",
     }
+    if chunk < context_length:
+        properties["NPUW_LLM_ENABLE_CONTINUOUS_PREFILL"] = "YES"
     if npuw_runs_on_cpu():
         properties["NPUW_F16IC"] = "NO"  # the parts compute in f32 there, and hand it on
     if config.cache_dir:

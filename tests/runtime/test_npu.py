@@ -127,6 +127,19 @@ def test_next_request_keeps_what_it_shares(llm):
     assert model.generate(whole + ids, max_new_tokens=2, **plain).metrics.reused_tokens >= len(whole) - 1
 
 
+def test_reading_a_prompt_can_be_cancelled_between_its_chunks(tiny_ir):
+    """The whole prompt was one call of NPUW's: a cancel took effect after it."""
+    llm = EdgeLLM.load(tiny_ir("llama"), device="NPU", context_length=256, prefill_chunk_size=64)
+    prompt, done = random_ids(200), []
+    stream = llm.stream(prompt, on_prefill=lambda held, wanted: done.append(held) or (held and stream.cancel()))
+    assert stream.finish().finish_reason == "cancelled"
+    assert done == [0, 64]
+    assert llm.engine.target.model.num_tokens == 128, "the chunk in which it was cancelled, and none after it"
+    llm.folder = tiny_ir("llama")
+    result = llm.generate(prompt, max_new_tokens=4, logprobs=0, ignore_eos=True)
+    assert_true(llm, prompt, result, is_greedy=True)
+
+
 def test_an_answer_may_fill_the_context(llm):
     model = llm()
     ids = random_ids(230)

@@ -122,7 +122,7 @@ def test_a_longer_continuation_takes_the_cheaper_way(pair, monkeypatch):
     assert_close(models, random_ids(40), 1)
     assert_close(models, random_ids(1), 1)
     calls = calls_of(static, monkeypatch)
-    monkeypatch.setattr(static, "_learn", lambda _, prompt_tokens: setattr(static, "_unstepped", prompt_tokens))
+    monkeypatch.setattr(static, "_learn", lambda _, begin, prompt_tokens: setattr(static, "_unstepped", prompt_tokens))
     static._chunk_s, static._step_s = 1.0, 0.2  # 20 tokens: 3 steps against a chunk of 61 tokens
     assert_close(models, random_ids(20), 2)
     assert calls == [(41, 49), (49, 57), (57, 61)]
@@ -142,6 +142,37 @@ def test_a_longer_continuation_takes_the_cheaper_way(pair, monkeypatch):
     static._step_s = 100.0
     assert_close(models, random_ids(8), 8)
     assert calls == [(61, 69)], "a single step is never replaced"
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_prompt_is_read_chunk_by_chunk(pair, monkeypatch, num_rows):
+    """Each call reads one chunk, so that a cancel takes effect between two; NPUW reads the whole prompt in one call."""
+    models = static, _ = pair(**CHUNKS)
+    static._step_s = static._chunk_s = 1.0
+    monkeypatch.setattr(static, "_learn", lambda _, begin, prompt_tokens: setattr(static, "_unstepped", prompt_tokens))
+    assert static.chunk_size == 64
+    runs, run = [], static._run
+    monkeypatch.setattr(static, "_run", lambda *span, **kind: runs.append(span[:2]) or run(*span, **kind))
+    ids = random_ids(190)
+    for begin in (0, 64, 128):
+        assert_close(models, ids[begin : begin + 64], num_rows if begin else 1)
+    assert (64, 72) in runs and (64, 128 - num_rows + 1) in runs, "one step, then the chunk"
+    for width in (8, 1):
+        assert_close(models, random_ids(width, width), width)
+
+
+def test_a_chunk_that_fails_is_read_again_from_the_start(pair, monkeypatch):
+    models = static, _ = pair(**CHUNKS)
+    ids = random_ids(128)
+    assert_close(models, ids[:64], 1)
+    with pytest.raises(RuntimeError), monkeypatch.context() as broken:
+        broken.setattr(static, "_request", _Broken(static._request))
+        static.forward(ids[64:], 1)
+    assert_close(models, ids[64:], 1)
+    for model in models:
+        model.rollback(0)
+    assert_close(models, ids[:1], 1)
+    assert_close(models, ids[1:100], 1)
 
 
 def test_costs_are_learnt_from_what_runs(pair):
