@@ -66,8 +66,10 @@ class LoadConfig(KeywordOptions):
     Attributes:
         device: OpenVINO device of the target: `CPU`, `GPU`, `GPU.1`, `NPU`.
         draft_device: Device of the draft; None for the target's.
-        precision: Arithmetic. `auto` is the device's own choice (bf16 or f16 where the hardware has it, so answers may
-            differ from f32 at near-ties); `f32` makes greedy speculative output equal plain output token for token.
+        precision: Arithmetic. `auto` is what decodes fastest: on CPU f32 for int8, int4 and f32 weights and OpenVINO's
+            own choice for 16-bit weights (bf16 where the CPU has it), on other devices their own choice. Activations
+            are then rounded, so answers may differ at near-ties; `f32` alone is exact, which makes greedy speculative
+            output equal plain output token for token.
         kv_precision: Storage of keys and values. `auto` is f32 with `precision="f32"`, else u8. The NPU computes and
             stores in f16; a draft there does so whatever is asked of the target, whose answers it cannot change.
         activation_group_size: CPU: activations that share a scale when they are rounded to int8 for the product with
