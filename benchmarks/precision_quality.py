@@ -38,8 +38,8 @@ QUESTIONS = (
     "How do I sort a list of numbers in Python?",
     "Name three countries in Africa and their capitals.",
 )
-EXACT: dict[str, Any] = {"precision": "f32"}
-GROUPED: dict[str, Any] = {"precision": "f32", "activation_group_size": 128, "kv_precision": "u8"}
+EXACT: dict[str, Any] = {"precision": "f32", "num_threads": 1}
+GROUPED: dict[str, Any] = {"precision": "f32", "activation_group_size": 128, "kv_precision": "u8", "num_threads": 1}
 Logits = NDArray[np.float32]
 
 
