@@ -201,10 +201,10 @@ def test_chat_without_a_template_is_refused(recipe, tiny_ir, tmp_path):
     ("options", "message"),
     [
         ({"stages": ("pretain",)}, "stage is 'pretain'"),
-        ({"text": ()}, "no text"),
+        ({"text": ()}, "needs a text, and none"),
         ({"window": 100_000}, "window is 100000"),
         ({"loss": "mse"}, "loss is 'mse'"),
-        ({"size": 100.0}, "do not hold a vocabulary"),
+        ({"size": 100.0}, "too few for a vocabulary"),
     ],
 )
 def test_bad_options_are_one_line(recipe, tmp_path, options, message):
