@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "block_sparse_attention/block_sparse_attention.hpp"
 

@@ -16,9 +16,8 @@
 #include "ov_extension.hpp"
 
 namespace edge {
+namespace attention {
 namespace {
-
-using namespace attention;
 
 std::atomic<std::uint64_t> bytes_read{0};
 
@@ -299,15 +298,16 @@ private:
 };
 
 }  // namespace
+}  // namespace attention
 
 ov::Extension::Ptr make_block_sparse_attention_extension() {
-    return std::make_shared<ov::OpExtension<BlockSparseAttention>>();
+    return std::make_shared<ov::OpExtension<attention::BlockSparseAttention>>();
 }
 
 }  // namespace edge
 
 // For benchmarks and tests: bytes of blocks that the op went through, since the library was loaded.
-extern "C" EDGE_EXPORT std::uint64_t edge_attention_bytes_read() { return edge::bytes_read; }
+extern "C" EDGE_EXPORT std::uint64_t edge_attention_bytes_read() { return edge::attention::bytes_read; }
 
 // Bytes of one block of keys and values of one KV head; 0 for a kv_type that the op does not have.
 extern "C" EDGE_EXPORT std::uint64_t edge_attention_block_bytes(std::uint64_t block_size, std::uint64_t key_dim,
@@ -316,5 +316,5 @@ extern "C" EDGE_EXPORT std::uint64_t edge_attention_block_bytes(std::uint64_t bl
     layout.block_size = block_size;
     layout.key_dim = key_dim;
     layout.value_dim = value_dim;
-    return edge::parse_format(kv_type, layout.format) ? edge::attention::block_bytes(layout) : 0;
+    return edge::attention::parse_format(kv_type, layout.format) ? edge::attention::block_bytes(layout) : 0;
 }

@@ -15,9 +15,8 @@
 #include "ov_extension.hpp"
 
 namespace edge {
+namespace cats_mlp {
 namespace {
-
-using namespace cats_mlp;
 
 // Neurons are shared out in ranges, each with sums of its own, added in order: the result does not depend on threads. A
 // range is a 16th of what is left, so that threads end together on many cores and on cores of two speeds; one under 256
@@ -229,13 +228,14 @@ private:
 };
 
 }  // namespace
+}  // namespace cats_mlp
 
-ov::Extension::Ptr make_cats_mlp_extension() { return std::make_shared<ov::OpExtension<CatsMlp>>(); }
+ov::Extension::Ptr make_cats_mlp_extension() { return std::make_shared<ov::OpExtension<cats_mlp::CatsMlp>>(); }
 
 }  // namespace edge
 
 // For benchmarks: bytes of weights that CatsMlp read in decoding, since the library was loaded.
-extern "C" EDGE_EXPORT std::uint64_t edge_cats_mlp_bytes_read() { return edge::bytes_read; }
+extern "C" EDGE_EXPORT std::uint64_t edge_cats_mlp_bytes_read() { return edge::cats_mlp::bytes_read; }
 
 // For `edge-run devices` and tests: the instruction set that the ops use.
 extern "C" EDGE_EXPORT const char* edge_kernels_isa() { return edge::isa_name(); }

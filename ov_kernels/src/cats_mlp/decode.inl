@@ -110,7 +110,7 @@ inline void add_columns(const Batch& batch, std::size_t offset, int part, std::s
             total[m * digits + digits - 1][v] = first;
         });
     });
-    unroll<batch_rows<digits> / 4>([&](auto k) {
+    for (std::size_t k = 0; k < batch_rows<digits> / 4; ++k) {
         I rows[4];
         unroll<4>([&](auto r) {
             if constexpr (does_prefetch) {
@@ -124,7 +124,7 @@ inline void add_columns(const Batch& batch, std::size_t offset, int part, std::s
             const I four = i_set_word(q + (k * max_decode_rows + r) * 4);
             unroll<4>([&](auto v) { total[r][v] = W::dot(total[r][v], rows[v], four); });
         });
-    });
+    }
     unroll<M>([&](auto m) {
         float* to = sums + m * stride;
         const F by = f_set(scale[m]);
@@ -143,14 +143,10 @@ EDGE_FLATTEN void add_down_integers(const Batch& batch, std::size_t blocks, std:
     for (std::size_t b = 0; b < blocks; ++b) {
         unroll<block / bytes_in>([&](auto step) {
             constexpr std::size_t column = step * bytes_in, line = column * W::block_bytes / block;
-            const auto add = [&](auto is_first) {
-                constexpr bool does_prefetch = is_first && line % 64 == 0;
-                add_columns<W, digits, M, does_prefetch>(batch, b * W::block_bytes + column % half, column >= half,
-                                                         b * W::block_bytes + line, batch.q[0][m0 * digits],
-                                                         batch.scale + m0, batch.offset + m0,
-                                                         sums + m0 * stride + b * block + column, stride);
-            };
-            m0 == 0 ? add(Index<1>{}) : add(Index<0>{});
+            add_columns<W, digits, M, line % 64 == 0>(batch, b * W::block_bytes + column % half, column >= half,
+                                                      b * W::block_bytes + line, batch.q[0][m0 * digits],
+                                                      batch.scale + m0, batch.offset + m0,
+                                                      sums + m0 * stride + b * block + column, stride);
         });
     }
 }
@@ -172,13 +168,11 @@ void add_down(const Weights& w, const Batch& batch, std::size_t tokens, float* s
             }
         }
     } else {
-        static constexpr Add by_one[] = {add_down_integers<W, 1, 1>, add_down_integers<W, 1, 2>,
-                                         add_down_integers<W, 1, 3>, add_down_integers<W, 1, 4>,
-                                         add_down_integers<W, 1, 5>};
-        static constexpr Add by_two[] = {add_down_integers<W, 2, 1>, add_down_integers<W, 2, 2>};
+        Add by_tokens[limit];
+        unroll<limit>([&](auto m) { by_tokens[m] = add_down_integers<W, digits, m + 1>; });
         for (std::size_t m = 0; m < tokens; m += most) {
             const std::size_t count = tokens - m < most ? tokens - m : most;
-            (digits == 1 ? by_one : by_two)[count - 1](batch, blocks, m, sums, stride);
+            by_tokens[count - 1](batch, blocks, m, sums, stride);
         }
     }
 }

@@ -48,8 +48,8 @@ inline void add_span(const std::uint8_t* p, const std::uint8_t* next, std::size_
         sums[m * digits] = i_zero();
         sums[m * digits + digits - 1] = W::shift ? i_load(t.offset + (s * M + m) * lanes) : i_zero();
     });
-    W::each_vector(p, [&](auto v, I weights) {
-        if constexpr (v % vectors_of_a_line == 0) {
+    W::each_vector(p, [&](auto visit, std::size_t v, I weights) {
+        if constexpr (visit % vectors_of_a_line == 0) {
             EDGE_PREFETCH(next + v / vectors_of_a_line * 64);
         }
         EDGE_KEEP(weights);

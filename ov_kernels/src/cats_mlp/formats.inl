@@ -16,6 +16,9 @@ inline I i_whole(const I* sums) {
 // In tiles, each_word: word k of 16 rows, 4 columns from 4k on, as i_dot8 takes them. each_column: those of one loaded
 // word as floats.
 //
+// each_vector, each_word: loops of a few visits, which get a constant that counts them within a step, then the number
+// of the vector or word. Whole blocks at once would be several times the code, and that much longer to compile.
+//
 // Integer dot products of a row run over spans of columns. In a span each lane of a sum sees columns that share one
 // scale, a group of them to `group_lanes` lanes, so that sums become floats once for a span. A group's columns come in
 // pieces: piece i of group g is `piece` columns from column_of(g, i) on, and lies at place_of(g, i) of the token's
@@ -32,7 +35,9 @@ struct I8 {
     static std::size_t place_of(std::size_t g, std::size_t i) { return column_of(g, i); }
     template <class Visit>
     static void each_vector(const std::uint8_t* p, const Visit& visit) {
-        unroll<8>([&](auto v) { visit(v, bytes(p + v * bytes_in, 0, 0)); });
+        for (std::size_t first = 0; first < 8; first += 4) {
+            unroll<4>([&](auto i) { visit(i, first + i, bytes(p + (first + i) * bytes_in, 0, 0)); });
+        }
     }
     static void load(const std::uint8_t* p, std::size_t c, F& low, F& high) {
         low = f_from_i8(p + c);
@@ -45,7 +50,9 @@ struct I8 {
     static constexpr std::size_t tile_bytes = tile_rows * block_bytes;
     template <class Visit>
     static void each_word(const std::uint8_t* p, const Visit& visit) {
-        unroll<32>([&](auto k) { visit(k, bytes(p + k * 64, 0, 0)); });
+        for (std::size_t first = 0; first < 32; first += 4) {
+            unroll<4>([&](auto i) { visit(i, first + i, bytes(p + (first + i) * 64, 0, 0)); });
+        }
     }
     template <class Visit>
     static void each_column(I words, std::size_t k, const Visit& visit) {
@@ -69,15 +76,15 @@ struct U4 {
     template <class Visit>
     static void each_vector(const std::uint8_t* p, const Visit& visit) {
         constexpr int n = span / block;
-        unroll<block_bytes / bytes_in>([&](auto c) {
+        for (std::size_t c = 0; c < block_bytes / bytes_in; ++c) {
             I rows[n];
             unroll<n>([&](auto i) { rows[i] = i_load(p + i * block_bytes + c * bytes_in); });
             i_quarters(rows);
             unroll<n>([&](auto i) {
-                visit(Index<(c * n + i) * 2>{}, i_low_u4(rows[i]));
-                visit(Index<(c * n + i) * 2 + 1>{}, i_high_u4(rows[i]));
+                visit(Index<2 * i>{}, (c * n + i) * 2, i_low_u4(rows[i]));
+                visit(Index<2 * i + 1>{}, (c * n + i) * 2 + 1, i_high_u4(rows[i]));
             });
-        });
+        }
     }
     static void load(const std::uint8_t* p, std::size_t c, F& low, F& high) { f_from_u4(p + c, low, high); }
     static I dot(I sum, I weights, I x) { return i_dot4(sum, weights, x); }
@@ -87,11 +94,13 @@ struct U4 {
     static constexpr std::size_t tile_bytes = tile_rows * block_bytes;
     template <class Visit>
     static void each_word(const std::uint8_t* p, const Visit& visit) {
-        unroll<16>([&](auto k) {
-            const I pairs = i_load(p + k * 64);
-            visit(k, i_low_u4(pairs));
-            visit(Index<k + 16>{}, i_high_u4(pairs));
-        });
+        for (std::size_t first = 0; first < 16; first += 2) {
+            unroll<2>([&](auto i) {
+                const I pairs = i_load(p + (first + i) * 64);
+                visit(Index<2 * i>{}, first + i, i_low_u4(pairs));
+                visit(Index<2 * i + 1>{}, first + i + 16, i_high_u4(pairs));
+            });
+        }
     }
     template <class Visit>
     static void each_column(I words, std::size_t k, const Visit& visit) {

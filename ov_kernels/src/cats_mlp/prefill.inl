@@ -80,7 +80,7 @@ void pack_tiles(const Tiles& a, std::size_t first, std::size_t last, std::size_t
         for (std::size_t part = 0; part < tile_parts; ++part) {
             const std::size_t n = t * tile_rows + part * lanes;
             W::each_word(p + part * bytes_in,
-                         [&](auto k, I words) { i_store(packed.bytes + (k * width + n) * 4, words); });
+                         [&](auto, std::size_t k, I words) { i_store(packed.bytes + (k * width + n) * 4, words); });
             f_store(packed.scale + n, tile_scale(a, tile, W::is_grouped ? b : 0, part));
             f_store(packed.zero + n, tile_zero(a, tile, W::is_grouped ? b : 0, part));
         }

@@ -33,12 +33,12 @@ inline void multiply_words(const std::uint8_t* p, std::size_t part, const Tokens
         unroll<chains * digits>([&](auto i) { sums[i / digits][m * digits + i % digits] = i_zero(); });
         sums[0][m * digits + digits - 1] = W::shift ? i_set(x.offset[b * M + m]) : i_zero();
     });
-    W::each_word(p + part * bytes_in, [&](auto k, I weights) {
-        if constexpr (k < W::tile_bytes / 64) {
+    W::each_word(p + part * bytes_in, [&](auto visit, std::size_t k, I weights) {
+        if constexpr (visit * W::tile_bytes % (64 * 32) == 0) {  // once for each line
             EDGE_PREFETCH(p + tile_ahead + k * 64);
         }
         EDGE_KEEP(weights);
-        constexpr int chain = (k + k / 16) % chains;
+        constexpr int chain = visit % chains;
         unroll<R>([&](auto r) { sums[chain][r] = W::dot(sums[chain][r], weights, i_set_word(q + r * block + 4 * k)); });
     });
     unroll<M>([&](auto m) {
@@ -74,7 +74,7 @@ EDGE_FLATTEN void multiply_tile(const Tiles& a, std::size_t tile, const Tokens& 
     float sum[M] = {};
     unroll<tile_parts * M>([&](auto i) { total[i / M][i % M] = f_set(0.0f); });
     for (std::size_t b = 0; b < a.blocks; ++b, p += W::tile_bytes) {
-        unroll<tile_parts>([&](auto part) {
+        for (std::size_t part = 0; part < tile_parts; ++part) {
             F product[M];
             if constexpr (digits > 0) {
                 multiply_words<W, digits, M>(p, part, x, b, product);
@@ -86,7 +86,7 @@ EDGE_FLATTEN void multiply_tile(const Tiles& a, std::size_t tile, const Tokens& 
                 to = W::is_grouped ? add_group(a, tile, b, part, product[m], x.sum[b * M + m], to)
                                    : f_add(to, product[m]);
             });
-        });
+        }
         unroll<M>([&](auto m) { sum[m] += x.sum[b * M + m]; });
     }
     unroll<tile_parts * M>([&](auto i) {

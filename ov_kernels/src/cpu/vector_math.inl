@@ -21,12 +21,14 @@ struct Index {
     constexpr operator int() const { return n; }
 };
 
+template <class Body, int... n>
+inline void call_with(const Body& body, std::integer_sequence<int, n...>) {
+    (body(Index<n>{}), ...);
+}
+
 template <int n, class Body>
 inline void unroll(const Body& body) {
-    if constexpr (n > 0) {
-        unroll<n - 1>(body);
-        body(Index<n - 1>{});
-    }
+    call_with(body, std::make_integer_sequence<int, n>{});
 }
 
 inline F exp_of(F x) {
