@@ -76,7 +76,7 @@ class ExportReport:
         num_bytes: Bytes of all files in the folder.
         verification: How it compares with its source in f32; where neurons are skipped, with a source that skips them
             too.
-        default_verification: The same at the default precision of this CPU.
+        default_verification: That comparison at the default precision of this CPU.
         sparsity: What skipping neurons does; None without `cats`.
         notes: Lines on what was decided for the user on the way.
     """

@@ -3,7 +3,7 @@
 A draft is mostly vocabulary: for one window of 1 024 tokens and 128 K entries the logits take half a gigabyte, their
 gradient as much again, and each is read several times. Here a block of rows becomes logits, a loss, the gradient of the
 logits and that of states and weight while it is in a cache: 0.36 s instead of 0.54 for forward and backward of a draft
-of 0.7 M parameters with 8 K entries (4 windows, 2 cores; docs/measurements.md). Source of the idea: Hsu et al. 2024
+of 0.7 M parameters with 8 K entries (4 windows, 2 cores; docs/measurements). Source of the idea: Hsu et al. 2024
 (Liger kernel, arXiv 2410.10989, section 3.2).
 """
 
