@@ -20,8 +20,8 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
 
 
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end: what has begun is cleaned up as after Ctrl-C.
+class Terminated(BaseException):
+    """The process was asked to end: what has begun is cleaned up, and nothing goes on as it may after Ctrl-C.
 
     Args:
         number: The signal.
@@ -40,7 +40,7 @@ def main() -> None:
         from edge_runtime.cli.app import run
 
         code = run(sys.argv[1:])
-    except KeyboardInterrupt as interrupt:
+    except (KeyboardInterrupt, Terminated) as interrupt:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # a full disk, or a reader that has left
                 stream.flush()
@@ -60,7 +60,7 @@ def _open_closed_streams() -> None:
 
 
 def _clean_up_when_terminated() -> None:
-    """Treat SIGTERM, and SIGHUP of a closed terminal, like Ctrl-C; where they are ignored, they stay so."""
+    """Raise `Terminated` at SIGTERM, and at SIGHUP of a closed terminal; where they are ignored, they stay so."""
 
     def end(number: int, _: Any) -> None:
         raise Terminated(number)

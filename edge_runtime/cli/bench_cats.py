@@ -98,10 +98,10 @@ def _bench_model(model: Path, text: Path | None, text_tokens: int, plot: Path | 
     from edge_runtime.bench.plot import check_plot
     from edge_runtime.devices import describe_devices
 
-    if text is None or not text.is_file():
-        raise ConfigError(
-            f"--text is {text and str(text)!r}, expected a file to measure --model on", "add `--text FILE`"
-        )
+    if text is None:
+        raise ConfigError("--model is given without --text", "add `--text FILE`, a text to measure the model on")
+    if not text.is_file():
+        raise ConfigError(f"--text is {str(text)!r}, expected a file to measure --model on", "name a text file")
     if plot:
         check_plot(plot, model=model, text=text)
     bench = CatsModelBench(model, text, text_tokens)

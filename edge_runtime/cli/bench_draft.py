@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _LENGTHS = ", ".join(map(str, DraftSettings.num_draft_tokens))
 _LEGEND = """
 per step    tokens emitted per step of the target
-MBSU        per step / (1 + K c), with c = {:.4f}, the size of the draft as a fraction of the target's
+MBSU        per step / (1 + K c), with c = {:.4f}, draft bytes per target byte
 predicted   speed-up computed from the measured cost of single steps
 (from-to)   95% interval over prompts
 equal       answers that equal plain decoding token for token"""

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 
 _HAS_TERMIOS = importlib.util.find_spec("termios") is not None
@@ -20,7 +18,7 @@ _HAS_TERMIOS = importlib.util.find_spec("termios") is not None
 
 @contextlib.contextmanager
 def without_echo() -> Iterator[None]:
-    """Switch the terminal's echo off, and on again whatever happens, also when SIGTERM ends the process.
+    """Switch the terminal's echo off, and on again whatever happens.
 
     Where stdin is no terminal, or the process is in the background, nothing happens.
     """
@@ -29,8 +27,7 @@ def without_echo() -> Iterator[None]:
         yield
         return
     try:
-        with _restored_on_sigterm(restore):
-            yield
+        yield
     finally:
         restore()
 
@@ -58,22 +55,3 @@ def _switch_echo_off() -> Callable[[], None] | None:
             termios.tcsetattr(number, when, before)
 
     return restore
-
-
-@contextlib.contextmanager
-def _restored_on_sigterm(restore: Callable[[], None]) -> Iterator[None]:
-    """Let SIGTERM end the process as ever, but not before the terminal is as it was."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set a handler
-        return
-
-    def end(number: int, frame: object) -> None:
-        restore()
-        signal.signal(signal.SIGTERM, previous)
-        signal.raise_signal(number)
-
-    previous = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

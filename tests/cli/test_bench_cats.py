@@ -114,8 +114,10 @@ def test_a_model_that_skips_nothing_is_refused(edge_run, model, sparse_model):
     assert "skips no neurons" in done.err
 
 
-@pytest.mark.parametrize("flags", [(), ("--text", "nowhere.txt")])
-def test_a_model_needs_a_text(edge_run, sparse_model, flags):
+@pytest.mark.parametrize(
+    ("flags", "says"), [((), "without --text"), (("--text", "nowhere.txt"), "expected a file to measure --model on")]
+)
+def test_a_model_needs_a_text(edge_run, sparse_model, flags, says):
     done = edge_run("bench", "cats", "--model", sparse_model[0], *flags)
     assert done.code == 2
-    assert "expected a file for --model" in done.err
+    assert says in done.err

@@ -135,7 +135,7 @@ def test_bad_calls_are_refused_before_anything_is_loaded(bench, monkeypatch, fla
 def test_target_without_a_draft(bench, model):
     done = bench(pair=("-m", model))
     assert done.code == 2
-    assert "no draft is named" in done.err
+    assert "--target is given without --draft" in done.err
 
 
 def test_prompt_that_does_not_fit_is_named(bench, prompts):

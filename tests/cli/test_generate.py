@@ -47,7 +47,7 @@ def test_json_is_one_object_with_everything_measured(edge_run, model, llm, text)
     done = edge_run("generate", "-m", model, "-d", model, *FLAGS, "--num-draft-tokens", 4, "--json", PROMPT)
     answer = done.json
     assert (done.code, done.err) == (0, "")
-    assert set(answer) == {"text", "token_ids", "finish_reason", "metrics"}
+    assert set(answer) == {"text", "token_ids", "finish_reason", "metrics", "models"}
     assert answer["text"] == text
     assert answer["token_ids"] == llm.generate(PROMPT, **OPTIONS).token_ids
     assert answer["finish_reason"] == "length"

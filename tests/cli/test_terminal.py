@@ -124,7 +124,7 @@ def test_terminal_is_as_before_after_sigterm(on_a_terminal, long_model):
     session = on_a_terminal(long_model, "-n", "90000")
     session.ask()
     session.process.send_signal(signal.SIGTERM)
-    assert session.wait() == -signal.SIGTERM
+    assert session.wait() == 128 + signal.SIGTERM
     assert session.is_as_before()
 
 
