@@ -14,6 +14,7 @@ and suggests the nearest.
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -275,8 +276,17 @@ def _load_model(folder: Path, manifest: Manifest, config: LoadConfig) -> CachedM
 
 
 def _check_path(name: str, value: Any) -> None:
-    if value is not None and not isinstance(value, (str, PathLike)):
+    if value is None:
+        return
+    if not isinstance(value, (str, PathLike)):
         raise ConfigError(f"{name} is {value!r:.60}, expected a model folder")
+    try:
+        os.stat(value)
+    except (FileNotFoundError, NotADirectoryError):
+        return  # `load_manifest` says how to make one
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{name} is {str(value)!r:.60}, which cannot be read: {reason}") from error
 
 
 def _as_messages(messages: Any) -> list[Message]:

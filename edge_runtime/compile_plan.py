@@ -124,9 +124,10 @@ def usable_cache_dir(folder: str | os.PathLike[str]) -> str:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return os.fspath(folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"cache_dir is `{os.fspath(folder)}`, which cannot be written: {error.strerror}",
+            f"cache_dir is `{os.fspath(folder):.90}`, which cannot be written: {reason}",
             "name a folder that can be written, or leave `cache_dir` out",
         ) from error
 

@@ -118,10 +118,10 @@ class LoadConfig(KeywordOptions):
         _choice("precision", self.precision, PRECISIONS)
         _choice("kv_precision", self.kv_precision, KV_PRECISIONS)
         if self.activation_group_size is not None:
-            _integer("activation_group_size", self.activation_group_size, 0)
+            _integer("activation_group_size", self.activation_group_size, 0, _LARGEST_INT)
         _choice("mlp", self.mlp, MLPS)
         _choice("attention", self.attention, ATTENTIONS)
-        _integer("num_threads", self.num_threads, 0)
+        _integer("num_threads", self.num_threads, 0, _LARGEST_INT)
         _integer("prefill_chunk_size", self.prefill_chunk_size, 1)
         if self.context_length is not None:
             _integer("context_length", self.context_length, 2)
@@ -218,7 +218,7 @@ class GenerationConfig(KeywordOptions):
             _integer("logprobs", self.logprobs, 0, 100)
         if self.num_draft_tokens != "auto":
             if isinstance(self.num_draft_tokens, str):
-                raise ConfigError(f"num_draft_tokens is {self.num_draft_tokens!r}, expected `auto` or a number")
+                raise ConfigError(f"num_draft_tokens is {self.num_draft_tokens!r:.60}, expected `auto` or a number")
             _integer("num_draft_tokens", self.num_draft_tokens, 0, 64)
         _integer("max_draft_tokens", self.max_draft_tokens, 1, 64)
         check_flag("lookup", self.lookup)
@@ -230,6 +230,8 @@ class GenerationConfig(KeywordOptions):
         return self.temperature == 0
 
 
+_LARGEST_INT = (1 << 31) - 1
+"""Bound of what OpenVINO keeps in 32 bits."""
 _LARGEST = 1e30
 """Bound of what has none: it keeps infinity and NaN out of float32 arithmetic."""
 

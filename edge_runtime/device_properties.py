@@ -18,6 +18,7 @@ _OPTION_OF = {
 }
 """Properties that an option of ours sets, which knows what else follows from it."""
 _HELD = {
+    "DEVICE_PROPERTIES": "it could hold any other one",
     "KEY_CACHE_QUANT_MODE": "rolling back a rejected draft is exact in no other mode",
     "NPU_USE_NPUW": "language models run on the NPU in no other way",
     "NPUW_LLM": "language models run on the NPU in no other way",

@@ -113,6 +113,8 @@ def load_manifest(folder: Path) -> Manifest:
     """
     if folder.is_file():
         raise _is_a_file(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ModelFormatError(f"`{folder}` is a device or pipe, expected a model folder")
     if not folder.is_dir():
         raise ModelFormatError(
             f"model folder `{folder}` does not exist",

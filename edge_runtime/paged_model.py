@@ -41,6 +41,8 @@ _REPORTED = (
     "KV_CACHE_PRECISION",
     "INFERENCE_NUM_THREADS",
 )
+_ASKED = ("precision", "kv_precision", "activation_group_size", "num_threads", "mlp", "attention", "properties")
+"""Options that may be why a model does not compile."""
 GROWTH = 1.5
 """Caches grow by this factor, so that copying them costs a constant share of the work."""
 
@@ -289,18 +291,26 @@ def _compile(model: ov.Model, device: str, config: LoadConfig, properties: dict[
         compiled = compile_model(model, device, properties)
     except RuntimeError as error:
         check_added_properties(error, device, config)
+        asked = [f"{name}={value}" for name, value in _asked(config).items()]
         raise DeviceError(
-            f"{device} cannot run the model with precision {config.precision} and kv_precision "
-            f"{config.kv_precision}: {first_line(error)}",
-            "leave both on `auto`",
+            f"{device} cannot run the model{' with ' * bool(asked)}{', '.join(asked)}: {first_line(error)}",
+            "leave these options out" if asked else "export or pull the model again, or run it on another device",
         ) from error
     _check_precisions(compiled, device, config)
     return compiled
 
 
+def _asked(config: LoadConfig) -> dict[str, Any]:
+    """Return the options that may keep a model from compiling and are not at their defaults."""
+    default = LoadConfig()
+    values = {name: getattr(config, name) for name in _ASKED}
+    return {name: value for name, value in values.items() if value != getattr(default, name)}
+
+
 def check_added_properties(error: RuntimeError, device: str, config: LoadConfig) -> None:
     """Raise DeviceError where OpenVINO failed over a property that the user added."""
-    named = next((name for name in config.properties if name in str(error)), None)
+    only = next(iter(config.properties)) if len(config.properties) == len(_asked(config)) == 1 else None
+    named = next((name for name in config.properties if name in str(error)), only)
     if named is not None:
         raise DeviceError(
             f"{device} refuses property {named}={config.properties[named]}: {first_line(error)}",

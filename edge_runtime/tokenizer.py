@@ -91,6 +91,8 @@ class Tokenizer:
 
     def token(self, token_id: int) -> str | None:
         """Return the vocabulary's entry of an id; None where it has none."""
+        if not 0 <= token_id < 1 << 32:  # beyond what the library's ids are
+            return None
         entry: str | None = self._tokenizer.id_to_token(token_id)
         return entry
 

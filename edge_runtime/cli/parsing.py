@@ -15,7 +15,7 @@ _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 def auto_or_number(word: str) -> int | str:
     """Return a number as a number, and any other word, such as `auto`, as it is."""
-    return int(word) if re.fullmatch(r"[+-]?\d+", word) else word
+    return int(word) if re.fullmatch(r"[+-]?\d{1,18}", word) else word  # int refuses thousands of digits
 
 
 def unescaped(words: list[str]) -> tuple[str, ...]:

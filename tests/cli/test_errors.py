@@ -133,6 +133,7 @@ def test_wrong_call(refused, name):
     [
         (("--num-draft-tokens", -1), "--num-draft-tokens is -1, expected at least 0"),
         (("--num-draft-tokens", "few"), "--num-draft-tokens is 'few'"),
+        (("--num-draft-tokens", "9" * 5000), "--num-draft-tokens is '9999"),
         (("--top-p", 2), "--top-p is 2.0, expected above 0 and at most 1"),
         (("--precision", "f8"), "--precision is 'f8', expected one of"),
         (("--threads", -1), "--threads is -1"),

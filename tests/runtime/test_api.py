@@ -201,6 +201,13 @@ def test_on_prefill_that_cannot_be_called_is_refused(llm):
         llm.stream(PROMPT, on_prefill=5)
 
 
+@pytest.mark.parametrize("name", ["model", "draft"])
+@pytest.mark.parametrize("path", ["a\0b", "a" * 5000])
+def test_path_that_the_system_refuses_is_told_in_one_line(name, path):
+    with pytest.raises(ConfigError, match=f"{name} is .*, which cannot be read: "):
+        EdgeLLM.load(**{name: path})
+
+
 @pytest.mark.parametrize("options", [{"model": 123}, {"model": b"folder"}, {"draft": 5}, {"device": None}])
 def test_load_refuses_what_is_no_name(options):
     name = next(iter(options))

@@ -56,8 +56,8 @@ BAD_LOAD = {
     "draft_device": [5, ""],
     "precision": [None, "f64", 32, ["f32"], np.array(["f32"] * 2)],
     "kv_precision": [None, "u2"],
-    "activation_group_size": [-1, 1.5, True, "32"],
-    "num_threads": [-1, 1.5, None, True, "2"],
+    "activation_group_size": [-1, 1.5, True, "32", 1 << 31],
+    "num_threads": [-1, 1.5, None, True, "2", 1 << 31],
     "prefill_chunk_size": [0, 1.5, None],
     "context_length": [0, 1, 2.5, "64", True],
     "npu_step_tokens": [0, 9, 136, 1.5, "8", True],  # NPUW would round 9 up: it would cost what 16 cost
@@ -72,6 +72,7 @@ BAD_LOAD = {
         {"PERFORMANCE_HINT": None},
         {"INFERENCE_PRECISION_HINT": "bf16"},
         {"KEY_CACHE_QUANT_MODE": "AUTO"},
+        {"DEVICE_PROPERTIES": "{}"},  # OpenVINO's parser never returns
     ],
     "draft_properties": [5, {"CACHE_DIR": "folder"}],
 }

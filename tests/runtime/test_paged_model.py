@@ -291,6 +291,12 @@ def test_a_property_that_openvino_refuses_is_one_line(tiny_ir, properties):
     assert "\n" not in str(caught.value)
 
 
+def test_options_that_keep_a_model_from_compiling_are_named(tiny_ir):
+    """Precisions were blamed whatever was asked for."""
+    with pytest.raises(DeviceError, match=r"model with attention=stock, properties=\{'KEY_CACHE_GROUP_SIZE': 3\}: "):
+        EdgeLLM.load(tiny_ir("llama"), properties={"KEY_CACHE_GROUP_SIZE": 3}, attention="stock")
+
+
 def test_draft_may_run_on_a_device_of_its_own(tiny_ir):
     llm = EdgeLLM.load(tiny_ir("llama"), draft=tiny_ir("gpt2"), draft_device="cpu", precision="f32")
     assert ask(llm, num_draft_tokens=3) == ask(llm, num_draft_tokens=0)

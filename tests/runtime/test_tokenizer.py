@@ -141,6 +141,11 @@ def test_tokens_have_ids_and_roles(shared_data):
     assert phi3.token_id("▁the") not in phi3.added_token_ids
 
 
+def test_id_beyond_every_vocabulary_has_no_token(shared_data):
+    tokenizer = Tokenizer(shared_data / "tokenizers" / "phi3")
+    assert [tokenizer.token(token_id) for token_id in (-1, 1 << 31, 1 << 32, 10**30)] == [None] * 4
+
+
 def test_chat_may_end_with_its_last_message(shared_data):
     phi3 = Tokenizer(shared_data / "tokenizers" / "phi3")
     done, asked = (phi3.apply_chat_template(USER, add_generation_prompt=flag) for flag in (False, True))
