@@ -1,4 +1,4 @@
-"""edge-run: fast, private, lossless language models on a personal computer, through OpenVINO.
+"""edge-run: fast and private language models on a personal computer, through OpenVINO.
 
     from edge_runtime import EdgeLLM
     llm = EdgeLLM.load("model-folder", draft="draft-folder")

@@ -37,6 +37,8 @@ class EdgeError(Exception):
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # a traceback shows it
 
 
 class ConfigError(EdgeError, ValueError):

@@ -92,6 +92,8 @@ class Commands(TyperGroup):
             near = difflib.get_close_matches(args[0], [*names, *first_words], n=1)
             called = f"{self.family} ".lstrip()
             hint = f"did you mean `{called}{near[0]}`?" if near else f"commands: {', '.join(names)}"
+            if " " in args[0]:
+                hint = f'to continue a text: `edge-run generate "{args[0]}"`'
             raise ConfigError(f"unknown command `{called}{args[0]}`", hint)
         return super().resolve_command(ctx, args)
 
@@ -187,7 +189,7 @@ def _root(
         bool, typer.Option(DEBUG, help="Print the traceback of an error; may stand anywhere in the command.")
     ] = False,
 ) -> None:
-    """Fast, private, lossless language models on this computer."""
+    """Fast and private language models on this computer."""
     if version:
         print(f"edge-run {__version__}")
     else:

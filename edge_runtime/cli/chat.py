@@ -19,6 +19,7 @@ from edge_runtime.cli.options import ModelOptions, with_model_options
 from edge_runtime.cli.running import load_model, run_stream
 from edge_runtime.cli.terminal import without_echo
 from edge_runtime.cli.transcript import read_transcript, write_transcript
+from edge_runtime.demo import is_demo
 from edge_runtime.errors import ConfigError, ContextOverflowError, EdgeError
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ HELP = f"""\
 {BLOCK}           begins and ends a message of several lines
 Ctrl-C        stops an answer and keeps what there is of it"""
 
+DOWNLOAD = "`edge-run pull OpenVINO/Phi-3-mini-4k-instruct-int4-ov`"
+
 MAKE_ROOM = "/undo takes back the last question, /reset starts over"
 
 
@@ -56,8 +59,11 @@ def chat(
 ) -> None:
     """Chat with a model in the terminal; type `/help` there for its commands.
 
-    Answers are sampled as the model's generation_config.json asks; options given here go before it.
+    Answers are sampled as the model's generation_config.json asks; options given here override it, and where it says
+    nothing the defaults below hold.
     """
+    if is_demo(options.model):
+        raise ConfigError("the embedded pair cannot chat", f"name a chat model with -m; {DOWNLOAD} fetches one")
     llm = load_model(options, warm_up=True)
     if not llm.tokenizer.has_chat_template:
         raise ConfigError(
@@ -65,8 +71,7 @@ def chat(
         )
     if sys.stdin.isatty():
         console.note(f"{Path(options.model).name}: /help lists the commands, Ctrl-D leaves")
-        if importlib.util.find_spec("readline"):
-            importlib.import_module("readline")  # gives `input` editing and a history
+        _edit_lines()
     _note_recommended(llm.recommended, options.generation)
     Conversation(llm, options, system).run()
 
@@ -196,7 +201,14 @@ class Conversation:
         messages = read_transcript(path)
         self._system = str(messages.pop(0)["content"]) if messages and messages[0]["role"] == "system" else None
         self._messages, self._file, self._last = messages, path, None
-        console.note(f"loaded {len(messages) // 2} questions and answers from {path}")
+        console.note(f"loaded {_pairs(len(messages) // 2)} from {path}")
+
+
+def _edit_lines() -> None:
+    """Give `input` editing and a history, and let a paste of several lines be one message."""
+    if importlib.util.find_spec("readline"):
+        readline: Any = importlib.import_module("readline")
+        readline.parse_and_bind("set enable-bracketed-paste on")  # Python switches it off for its own prompt
 
 
 def _note_recommended(recommended: Recommended, given: dict[str, Any]) -> None:
@@ -211,6 +223,10 @@ def _note_recommended(recommended: Recommended, given: dict[str, Any]) -> None:
     if told:
         what, how = ("", "") if is_greedy else ("sampling ", "; -t 0 for greedy")
         console.note(f"note: {what}from the model's generation_config.json: {', '.join(told)}{how}")
+
+
+def _pairs(number: int) -> str:
+    return "1 question and its answer" if number == 1 else f"{number} questions and answers"
 
 
 def _told(name: str, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""`edge-run devices`: the devices of this computer, and what OpenVINO chooses on each."""
+"""`edge-run devices`: the devices of this computer, and how edge-run computes on each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIBRARIES = ("openvino", "numpy", "tokenizers", "huggingface_hub")
 def devices(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """List this computer's devices, and the precision and threads that OpenVINO chooses on each."""
+    """List this computer's devices, and the precision and threads that are used on each by default."""
     report = {
         "devices": _devices(),
         "kernels": _kernels(),

@@ -104,7 +104,7 @@ _OPTIONS: dict[str, _Option] = {
         SAMPLING,
         int,
         "S",
-        "Random seed; the same seed gives the same answer in f32; rounding at default precision changed 10 of 80.",
+        "Random seed; the same seed gives the same answer in f32; at default precision 10 of 80 answers differed.",
     ),
     "num_draft_tokens": _Option(
         DRAFTING,

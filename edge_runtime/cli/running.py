@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edge_runtime.cli.console import Status
+from edge_runtime.demo import is_demo
 
 if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM
@@ -30,8 +31,9 @@ def load_model(options: ModelOptions, *, warm_up: bool = False) -> EdgeLLM:
             llm.warm_up()
         return llm
 
+    name = "the embedded pair" if is_demo(options.model) else options.model
     with Status() as status:
-        return in_background(load, lambda: status.show(f"loading {options.model}, {status.elapsed_s:.0f} s"))
+        return in_background(load, lambda: status.show(f"loading {name}, {status.elapsed_s:.0f} s"))
 
 
 def in_background(work: Callable[[], T], on_wait: Callable[[], None] = lambda: None) -> T:

@@ -16,6 +16,11 @@ def or_demo(target: str | Path | None, draft: str | Path | None) -> tuple[str | 
     return (target, draft) if target is not None else (demo_target(), draft or demo_draft())
 
 
+def is_demo(target: str | Path) -> bool:
+    """Whether a target is the embedded one."""
+    return Path(target) == demo_target()
+
+
 def demo_target() -> Path:
     """Return the model folder of the embedded target."""
     return FOLDER / "target"

@@ -134,7 +134,7 @@ def test_saved_conversation_with_its_system_message_goes_on_after_load(talk, tmp
     assert resumed[0].text == second.text
     done, _ = talk(f"/load {path}", "/save")
     assert path.read_bytes() == saved
-    assert "loaded 1 questions and answers" in done.err
+    assert "loaded 1 question and its answer from" in done.err
     done, results = talk(f"/load {path}", "/undo", "/undo", "Hello")
     assert "nothing to take back" in done.err
     assert results[0].token_ids == first.token_ids
@@ -246,6 +246,13 @@ def test_help_names_every_command(talk, model):
     assert {word for word in done.err.split() if word.startswith("/")} == {
         *("/undo", "/reset", "/system", "/stats", "/save", "/load", "/help", "/quit", "/exit")
     }
+
+
+def test_embedded_pair_is_refused_before_it_is_loaded(edge_run):
+    done = edge_run("chat", stdin=b"Hello\n")
+    assert (done.code, done.out) == (2, "")
+    assert "the embedded pair cannot chat" in done.err
+    assert "edge-run pull" in done.err
 
 
 def test_model_without_a_template(edge_run, copy_of):

@@ -102,6 +102,7 @@ def test_no_prompt_on_a_terminal(refused):
 BAD_CALLS = {
     "unknown command": (("generat",), "did you mean `generate`?"),
     "no such command": (("xyz",), "commands: generate"),
+    "prompt without a command": (("Once upon a time",), '`edge-run generate "Once upon a time"`'),
     "unknown second word": (("bench", "drat"), "did you mean `bench draft`?"),
     "no such second word": (("bench", "xyz"), "commands: draft"),
     "unknown first word": (("trian", "draft"), "did you mean `train`?"),

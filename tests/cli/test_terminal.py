@@ -1,5 +1,6 @@
 """`edge-run chat` on a terminal: keys typed during an answer stay out of it, and the terminal is left as it was."""
 
+import json
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ def on_a_terminal():
     """Return a function that starts `edge-run chat` on a new terminal; `before` is Python that it runs first."""
     started = []
 
-    def start(model, *flags, before=""):
+    def start(model, *flags, before="", terminal="dumb"):
         ours, theirs = os.openpty()
         started.append((ours, theirs, None))
         command = [
@@ -41,7 +42,7 @@ def on_a_terminal():
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "TERM": "dumb", "NO_COLOR": "1"},
+            env={**os.environ, "TERM": terminal, "NO_COLOR": "1"},
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -97,6 +98,17 @@ class Session:
     def wait(self):
         self.read_until(lambda session: session.process.poll() is not None)
         return self.process.returncode
+
+
+def test_paste_of_several_lines_is_one_message(on_a_terminal, model, tmp_path):
+    pytest.importorskip("readline")
+    session = on_a_terminal(model, terminal="xterm")
+    session.read_until(lambda session: session.seen.endswith(b"> "))
+    session.type(b"\x1b[200~/system Be kind.\nBe brief.\x1b[201~\r")
+    session.read_until(lambda session: b"message is set" in session.seen)
+    session.type(f"/save {tmp_path / 'said.json'}\r/quit\r".encode())
+    assert session.wait() == 0
+    assert json.loads((tmp_path / "said.json").read_bytes())[0]["content"] == "Be kind.\nBe brief."
 
 
 def test_keys_typed_during_an_answer_wait_for_the_next_prompt(on_a_terminal, model):

@@ -1,4 +1,6 @@
-"""The hint of a missing extra is a command that installs it from where edge-run itself came from."""
+"""A hint is shown where the error is; that of a missing extra installs it from where edge-run itself came from."""
+
+import traceback
 
 import pytest
 
@@ -35,3 +37,8 @@ def test_hint_says_where_to_run_it_if_nothing_is_known(hint, record):
 
 def test_record_is_pips_own():
     assert isinstance(errors._installed_from(), dict)
+
+
+def test_traceback_shows_the_hint():
+    told = traceback.format_exception(errors.EdgeError("wrong", "do that"))
+    assert told[-1] == "hint: do that\n"
