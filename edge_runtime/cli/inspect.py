@@ -29,7 +29,10 @@ def inspect(
         ),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Number of tokens drawn by --plot; by default 128 KV blocks.")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, max=1 << 20, help="Number of tokens drawn by --plot; by default 128 KV blocks."
+        ),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the model's files in full and compare them with their checksums.")

@@ -137,6 +137,7 @@ def adapt(
     work = place.with_name(place.name + ".training")
     for written in (place, work):
         check_apart(written, source=recipe.source, text=recipe.text)
+    corpus.text_files(recipe.text)  # one that is missing is told before the model is read
     check_work_folder(work, RECIPE)
     origin = open_source(recipe.source)
     check_family(origin)

@@ -7,7 +7,8 @@ Only the reference is computed in f32, one layer at a time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,7 @@ def load(source: Source, weights: str) -> Any:
             "copy or download the model again; a model that needs code of its own cannot be exported",
         ) from error
     _check_complete(source, info)
+    _check_used(source, model, state, info["unexpected_keys"])
     return merge(model, source.adapter) if source.adapter else model.eval()
 
 
@@ -118,6 +120,35 @@ def _check_complete(source: Source, info: dict[str, Any]) -> None:
             f"the weights in `{source.folder}` lack {len(missing)} tensors, such as {missing[0]}",
             again,
         )
+
+
+def _check_used(source: Source, model: Any, state: dict[str, torch.Tensor], unused: Iterable[str]) -> None:
+    """Refuse weights of the model's layers that a wrong config.json would drop in silence: layers, biases, norms.
+
+    Zeros, which some quantisers write as biases, change nothing; what lies outside of the layers, such as a vision
+    tower, and layers that predict further tokens are left out on purpose.
+    """
+    stacks = {stack[0] for name, _ in model.named_parameters() if (stack := _STACK.match(name))}
+    dropped = sorted(
+        name
+        for name in unused
+        if (stack := _STACK.match(name)) and stack[0] in stacks and name in state and _is_weight(name, state[name])
+    )
+    if dropped and not getattr(model.config, "num_nextn_predict_layers", None):
+        raise ExportError(
+            f"{len(dropped)} tensors in `{source.folder}` have no place in the {source.model_type} that "
+            f"config.json describes, such as {dropped[0]}",
+            "copy config.json from the original model",
+        )
+
+
+_STACK = re.compile(r".+?\.(?=\d+\.)")
+"""What the names of all layers begin with, such as `model.layers.`."""
+
+
+def _is_weight(name: str, tensor: torch.Tensor) -> bool:
+    is_matrix = tensor.ndim <= 2 and tensor.is_floating_point()  # no causal mask, as old GPT-2s store it
+    return name.endswith((".weight", ".bias")) and is_matrix and bool(tensor.any())
 
 
 def _stored(files: Sequence[Path]) -> dict[str, torch.Tensor]:

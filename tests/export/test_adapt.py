@@ -210,6 +210,12 @@ def test_wrong_options_are_named(capfd, hf, text, tmp_path, args, told):
     assert not (tmp_path / "out").exists()
 
 
+def test_text_that_is_not_there_is_told_before_the_model_is_read(hf, tmp_path, monkeypatch):
+    monkeypatch.setattr("edge_export.torch_source.load", lambda *_: pytest.fail("the model was read"))
+    with pytest.raises(ConfigError, match=r"nowhere\.txt` does not exist"):
+        adapt(recipe(hf, tmp_path / "nowhere.txt"), CatsAdaptation(cats=0.5), tmp_path / "out")
+
+
 def test_missing_text_is_named(hf, tmp_path):
     with pytest.raises(ConfigError, match="there is no text"):
         recipe(hf, tmp_path).__class__(source=str(hf), text=())

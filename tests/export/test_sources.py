@@ -52,6 +52,14 @@ def _reshape_a_tensor(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _add_a_bias(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = tensors["model.norm.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 class _Code:
     def __reduce__(self):
         return os.system, ("touch was-run",)
@@ -74,6 +82,8 @@ def _pickle_code(folder):
         (_reshape_a_tensor, r"1 tensors .* another shape .* lm_head\.weight: \(100, 64\), expected \(384, 64\)"),
         (_pickle_code, "pickled Python objects other than tensors"),
         (_drop_a_tensor, r"lack 1 tensors, such as model\.layers\.1\.mlp\.down_proj\.weight"),
+        (_add_a_bias, r"1 tensors .* no place in the llama .* such as model\.layers\.0\.self_attn\.q_proj\.bias"),
+        (lambda folder: _set(folder, num_hidden_layers=1), r"tensors .* no place .* such as model\.layers\.1\."),
         (lambda folder: (folder / "config.json").write_text("{"), "is not readable JSON"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer"),
         (lambda folder: _set(folder, model_type=None), "names no model_type"),
