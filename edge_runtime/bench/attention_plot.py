@@ -57,7 +57,7 @@ def _draw_layers(axes: Any, kinds: list[NDArray[Any]], attention: AttentionPatte
     axes.imshow(
         np.concatenate(kinds), cmap=colors, vmin=-0.5, vmax=len(COLORS) - 0.5, aspect="auto", interpolation="nearest"
     )
-    step = max(1, len(kinds) // 16)
+    step = -(-len(kinds) // 16)  # more labels would overlap
     axes.set_yticks([(layer + 0.5) * heads - 0.5 for layer in range(0, len(kinds), step)], range(0, len(kinds), step))
     for layer in range(1, len(kinds)):
         axes.axhline(layer * heads - 0.5, color="white", linewidth=0.8)

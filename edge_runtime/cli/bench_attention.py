@@ -84,6 +84,7 @@ def bench_attention(
         print(_LEGEND)
     if plot:
         save_time_plot(made, plot)
+        console.note(f"plotted: {plot}")
     if is_interrupted:
         raise typer.Exit(INTERRUPTED)
 

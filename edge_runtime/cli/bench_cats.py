@@ -88,6 +88,7 @@ def bench_cats(
         print(_LEGEND.format(bench.bandwidth / 1e9))
     if plot:
         save_plot(made, plot)
+        console.note(f"plotted: {plot}")
     if is_interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -114,6 +115,7 @@ def _bench_model(model: Path, text: Path | None, text_tokens: int, plot: Path | 
         _print_model(made)
     if plot:
         save_model_plot(made, plot)
+        console.note(f"plotted: {plot}")
     if is_interrupted:
         raise typer.Exit(INTERRUPTED)
 

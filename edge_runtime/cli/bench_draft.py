@@ -119,6 +119,7 @@ def bench_draft(
         print(_LEGEND.format(size))
     if plot:
         save_plot(rows, plot)
+        console.note(f"plotted: {plot}")
     if is_interrupted:
         raise typer.Exit(INTERRUPTED)
     if precision == "f32":

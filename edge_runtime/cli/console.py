@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
 import typer
@@ -58,6 +59,18 @@ def write_json(value: Any) -> None:
 def note(text: str) -> None:
     """Print a discreet line on stderr."""
     _print_stderr(_styled(text, dim=True))
+
+
+def note_trial(folder: Path) -> None:
+    """Suggest the command that suits a new model."""
+    from edge_runtime.errors import EdgeError
+    from edge_runtime.tokenizer import Tokenizer
+
+    can_chat = False
+    with contextlib.suppress(EdgeError):  # a folder without a tokenizer
+        can_chat = Tokenizer(folder).has_chat_template
+    chat, generate = f"edge-run chat -m {folder}", f'edge-run generate -m {folder} "Once upon a time"'
+    note(f"try it: {chat if can_chat else generate}")
 
 
 def print_error(message: str, hint: str | None) -> None:

@@ -135,7 +135,7 @@ def export(
             console.note(
                 "exported without fine-tuning: sparse layers cannot attend beyond their window, so quality may drop"
             )
-        console.note(f'try it: edge-run generate -m {folder} "Once upon a time"')
+        console.note_trial(folder)
 
 
 def _name(source: str) -> str:
@@ -173,7 +173,8 @@ def _note_sparsity(sparsity: Sparsity) -> None:
     shares, effect = sparsity.realised, sparsity.effect
     console.note(
         f"all layers: mean {sum(shares) / len(shares):.1%}, {min(shares):.1%} to {max(shares):.1%}; skipping alone: "
-        f"error {effect.error:.1e}, same first choice at {effect.top1_agreement:.1%}, KL {effect.kl_divergence:.1e}"
+        f"error {effect.error:.1e}, same most likely token at {effect.top1_agreement:.1%}, "
+        f"KL {effect.kl_divergence:.1e}"
     )
 
 
@@ -181,7 +182,8 @@ def _line(report: ExportReport) -> str:
     manifest, verification = report.manifest, report.verification
     return (
         f"{report.output}: {manifest.weights}, {(manifest.num_parameters or 0) / 1e6:,.1f} M parameters, "
-        f"{report.num_bytes / 1e6:,.1f} MB, error {verification.error:.1e}, "
-        f"same first choice at {verification.top1_agreement:.1%} of {verification.num_positions} positions, "
-        f"at {report.default_verification.top1_agreement:.1%} at default precision"
+        f"{report.num_bytes / 1e6:,.1f} MB on disk; "
+        f"same most likely token as the source at {verification.top1_agreement:.1%} of "
+        f"{verification.num_positions} positions, {report.default_verification.top1_agreement:.1%} at default "
+        f"precision; relative error of the logits {verification.error:.1e}"
     )

@@ -64,6 +64,7 @@ def inspect(
     if plot:
         tokens = context or PICTURED_BLOCKS * attention.block_size
         save_pattern_plot(attention, shape["num_heads"], shape["num_kv_heads"], tokens, plot)
+        console.note(f"plotted: {plot}")
 
 
 def _verify(folder: Path, manifest: Manifest) -> None:
@@ -139,6 +140,7 @@ def _report(folder: Path, manifest: Manifest, shape: dict[str, int], attention: 
         "architecture": manifest.architecture,
         "num_parameters": manifest.num_parameters,
         "weights": manifest.weights,
+        "group_size": manifest.group_size,
         "weight_bytes": weight_bytes(folder),
         "vocab_size": manifest.vocab_size,
         "context_length": manifest.context_length,
@@ -195,7 +197,7 @@ def _print_report(report: dict[str, Any], attention: AttentionPattern) -> None:
         "model": report["model"],
         "architecture": report["architecture"],
         "parameters": parameters,
-        "weights": f"{report['weights']}, {report['weight_bytes'] / 1e6:,.1f} MB",
+        "weights": f"{report['weights']}{_group_words(report['group_size'])}, {report['weight_bytes'] / 1e6:,.1f} MB",
         "vocabulary": report["vocab_size"],
         "context": f"{report['context_length'] or 'not known'} tokens",
         "layers": f"{report['num_layers']}, each with {report['num_heads']} query heads and "
@@ -210,9 +212,15 @@ def _print_report(report: dict[str, Any], attention: AttentionPattern) -> None:
         print(f"{'' if index else 'attention':14}{pattern_words(pattern)}: layers {_ranges(layers)}")
     if report["sliding_window"]:
         print(f"{'':14}except for layers with a sliding window of {report['sliding_window']:,} tokens")
-    print(f"\n{'tokens':>10} {'keys and values, u8':>22} {'of full attention':>19}")
+    is_sparse = not all(pattern.is_full for pattern in attention.patterns)
+    print(f"\n{'tokens':>10} {'keys and values, u8':>22}" + " of full attention".rjust(20) * is_sparse)
     for row in report["kv_bytes"]:
-        print(f"{row['tokens']:>10,} {row['bytes'] / 1e6:>19,.1f} MB {row['bytes'] / row['bytes_if_full']:>18.1%}")
+        share = f"{row['bytes'] / row['bytes_if_full']:>19.1%}" * is_sparse
+        print(f"{row['tokens']:>10,} {row['bytes'] / 1e6:>19,.1f} MB{share}")
+
+
+def _group_words(size: int | None) -> str:
+    return "" if size is None else " by channel" if size == -1 else f" in groups of {size}"
 
 
 def _turn_end_words(ends: list[dict[str, Any]]) -> str:
@@ -231,7 +239,7 @@ def _mlp_words(mlp: dict[str, Any] | None) -> str:
 def pattern_words(pattern: LayerPattern) -> str:
     """Say what a layer sees."""
     if pattern.is_full:
-        return "everything"
+        return "all tokens"
     parts = [f"the last {pattern.window} tokens"]
     if pattern.sink:
         parts.append(f"the first {pattern.sink}")
@@ -239,7 +247,7 @@ def pattern_words(pattern: LayerPattern) -> str:
         shards = "" if len(set(pattern.offsets)) == 1 else f" ({len(set(pattern.offsets))} different shards)"
         parts.append(f"1 KV block in {pattern.stride}{shards}")
     if pattern.num_dense_heads:
-        parts.append(f"everything in {pattern.num_dense_heads} heads")
+        parts.append(f"all tokens in {pattern.num_dense_heads} heads")
     return ", ".join(parts)
 
 

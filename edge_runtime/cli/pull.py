@@ -32,4 +32,4 @@ def pull(
         console.write_json({"folder": str(pulled.folder), "source": hub_id, "revision": pulled.revision})
     else:
         print(pulled.folder)
-        console.note(f'try it: edge-run generate -m {pulled.folder} "Once upon a time"')
+        console.note_trial(pulled.folder)

@@ -33,17 +33,21 @@ def test_keys_and_values_are_counted(edge_run, hybrid):
 def test_it_reads_as_words(edge_run, hybrid):
     out = edge_run("inspect", hybrid).out
     assert "the last 16 tokens, 1 KV block in 2 (2 different shards): layers 0\n" in out
-    assert "everything: layers 1\n" in out
+    assert "all tokens: layers 1\n" in out
     assert "1,024" in out
+    assert "of full attention" in out
 
 
 def test_the_embedded_model_is_the_default(edge_run):
-    assert "everything: layers 0-5" in edge_run("inspect").out
+    out = edge_run("inspect").out
+    assert "all tokens: layers 0-5" in out
+    assert "of full attention" not in out
 
 
 def test_the_picture_is_drawn(edge_run, hybrid, tmp_path):
     pytest.importorskip("matplotlib")
-    edge_run("inspect", hybrid, "--plot", tmp_path / "seen.png")
+    done = edge_run("inspect", hybrid, "--plot", tmp_path / "seen.png")
+    assert done.err == f"plotted: {tmp_path / 'seen.png'}\n"
     assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -77,6 +81,16 @@ def test_plot_is_never_drawn_over_what_is_read(edge_run, hybrid):
     assert (done.code, done.out) == (2, "")
     assert "lies in the model" in done.err
     assert not (hybrid / "seen.png").exists()
+
+
+def test_labels_of_many_layers_are_few_enough_to_read(tmp_path):
+    pytest.importorskip("matplotlib")
+    from edge_runtime.attention import FULL, AttentionPattern
+    from edge_runtime.bench.attention_plot import save_pattern_plot
+
+    save_pattern_plot(AttentionPattern.of_layers([FULL] * 30), 4, 4, 3000, tmp_path / "seen.svg")
+    text = (tmp_path / "seen.svg").read_text()
+    assert text.count('id="ytick_') == 15
 
 
 @pytest.mark.parametrize("pattern", [longgen(6, window=128), longgen(4, num_full=0, window=64), s2(3, 4, stride=12)])

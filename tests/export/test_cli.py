@@ -17,10 +17,10 @@ def test_one_line_says_what_was_made(edge_run, tiny_hf, tmp_path):
     code, out, err = edge_run(tiny_hf("llama"), "-o", tmp_path / "ir")
     assert code == 0
     assert out.startswith(f"{tmp_path / 'ir'}: int8, 0.1 M parameters, ")
-    assert "same first choice at" in out
+    assert "same most likely token as the source at" in out
     assert "% at default precision" in out
     assert out.count("\n") == 1
-    assert err == f'try it: edge-run generate -m {tmp_path / "ir"} "Once upon a time"\n'
+    assert err == f"try it: edge-run chat -m {tmp_path / 'ir'}\n"
 
 
 def test_json_is_one_object_and_the_libraries_are_silent(edge_run, tiny_hf, tmp_path):
