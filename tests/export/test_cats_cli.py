@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ def test_manifest_of_a_stock_model_is_as_before(tmp_path):
         manifest = Manifest(**facts, mlp=mlp)
         manifest.save(tmp_path)
         assert ("mlp" in json.loads((tmp_path / MANIFEST_NAME).read_text())) == (mlp is not None)
-        assert load_manifest(tmp_path) == manifest
+        assert replace(load_manifest(tmp_path), files={}) == manifest
 
 
 def test_cats_implies_fused():
