@@ -41,11 +41,7 @@ class KeywordOptions:
         known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for name in options:
             if name not in known:
-                import difflib
-
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean `{near[0]}`?" if near else f"known options: {', '.join(known)}"
-                raise ConfigError(f"unknown option `{name}`", hint)
+                raise ConfigError(f"unknown option `{name}`", _hint_for(name, known))
         if base is None:
             return cls(**options)
         if not isinstance(base, cls):
@@ -57,6 +53,17 @@ class KeywordOptions:
         """Turn numbers of other libraries into Python's: numpy's would change the arithmetic that they meet."""
         for option in dataclasses.fields(self):  # type: ignore[arg-type]
             object.__setattr__(self, option.name, _plain(getattr(self, option.name)))
+
+
+def _hint_for(unknown: str, known: list[str]) -> str:
+    """Suggest the option that an unknown one begins, or else resembles most."""
+    import difflib
+
+    if unknown == "system":
+        return 'a system message is the first of the messages: [{"role": "system", "content": …}, …]'
+    begun = [name for name in known if name.startswith(unknown)] if len(unknown) > 1 else []
+    near = begun[:1] or difflib.get_close_matches(unknown, known, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"known options: {', '.join(known)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +97,8 @@ class LoadConfig(KeywordOptions):
         attention: On CPU: `block_sparse` is our own op, whose caches hold only what each layer's pattern still sees;
             `stock` is OpenVINO's PagedAttention, which always holds everything. `auto` takes ours for models exported
             with a pattern, and for others where it is faster: all but small ones.
-        cache_dir: Where compiled models are kept between runs; None for nowhere.
+        cache_dir: Where compiled models are kept between runs; None for nowhere. On CPU they load no faster with it:
+            SmolLM2-135M int8 took 2.6 s with and 2.3 s without.
         properties: OpenVINO's own properties of the target by name, such as `{"ENABLE_CPU_PINNING": False}`. They win
             over ours; those that another option sets, or that right answers rest on, are refused.
         draft_properties: OpenVINO properties of the draft. None takes `properties` where both run on one device.

@@ -227,8 +227,8 @@ def _stats(metrics: Metrics) -> list[tuple[str, str]]:
     reused = f", {metrics.reused_tokens} of them still held" if metrics.reused_tokens else ""
     first = f", the first after {_seconds(metrics.ttft_s)}" if metrics.new_tokens else ""
     rows = [
-        ("prompt", f"{metrics.prompt_tokens} tokens{reused}"),
-        ("answer", f"{metrics.new_tokens} tokens{first}"),
+        ("prompt", f"{_tokens(metrics.prompt_tokens)}{reused}"),
+        ("answer", f"{_tokens(metrics.new_tokens)}{first}"),
     ]
     if metrics.new_tokens > 1:
         rows.append(("speed", f"{metrics.tokens_per_second:.1f} tokens/s ({metrics.tpot_ms:.2f} ms each)"))
@@ -248,6 +248,10 @@ def _draft_stats(metrics: Metrics) -> list[tuple[str, str]]:
         ("per target step", f"{metrics.block_efficiency:.2f} tokens ({metrics.target_forwards} steps)"),
         ("drafting", f"{metrics.draft_share:.0%} of the time"),
     ]
+
+
+def _tokens(number: int) -> str:
+    return "1 token" if number == 1 else f"{number} tokens"
 
 
 def _seconds(value: float) -> str:

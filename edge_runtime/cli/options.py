@@ -146,7 +146,7 @@ _OPTIONS: dict[str, _Option] = {
         ADVANCED, str, "KIND", "Ops that run fused MLPs on CPU: fused, stock (OpenVINO's), or auto, which times both."
     ),
     "cache_dir": _Option(
-        DEVICE, str, "FOLDER", "Folder that keeps compiled models, so that they load faster next time."
+        DEVICE, str, "FOLDER", "Folder that keeps models compiled for GPU or NPU; on CPU they load no faster with it."
     ),
     "properties": _Option(
         ADVANCED,

@@ -147,6 +147,13 @@ def test_misspelt_option_suggests_the_nearest(config):
         assert field.name in caught.value.hint
 
 
+@pytest.mark.parametrize(("name", "hint"), [("temp", "`temperature`"), ("system", "first of the messages")])
+def test_option_of_other_libraries_is_told_what_it_is_here(name, hint):
+    with pytest.raises(ConfigError) as caught:
+        GenerationConfig.from_options(**{name: 1})
+    assert hint in caught.value.hint
+
+
 def test_unknown_option_unlike_any_lists_the_known():
     with pytest.raises(ConfigError) as caught:
         GenerationConfig.from_options(zzz=1)
