@@ -13,11 +13,12 @@ and suggests the nearest.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -30,7 +31,7 @@ from edge_runtime.demo import or_demo
 from edge_runtime.devices import check_device
 from edge_runtime.drafters import DraftModel
 from edge_runtime.engine import Engine, check_prompt
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, ModelFormatError
 from edge_runtime.forks import HomeProcess
 from edge_runtime.hub_cache import resolve
 from edge_runtime.manifest import Manifest, load_manifest
@@ -44,6 +45,17 @@ if TYPE_CHECKING:
     from edge_runtime.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+
+
+@contextlib.contextmanager
+def _unreadable_files_are_named() -> Iterator[None]:
+    """Turn what the system says about a file that may not be read, or vanishes meanwhile, into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelFormatError(
+            f"`{error.filename}` cannot be read: {error.strerror or error}", "check its permissions, or copy it again"
+        ) from error
 
 
 class EdgeLLM:
@@ -66,6 +78,7 @@ class EdgeLLM:
         self.turns = Turns(self._home)
 
     @classmethod
+    @_unreadable_files_are_named()
     def load(
         cls, model: str | Path | None = None, draft: str | Path | None = None, device: str = "CPU", **options: Any
     ) -> Self:

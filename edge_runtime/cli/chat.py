@@ -18,7 +18,7 @@ from edge_runtime.cli import console
 from edge_runtime.cli.options import ModelOptions, with_model_options
 from edge_runtime.cli.running import load_model, run_stream
 from edge_runtime.cli.terminal import without_echo
-from edge_runtime.cli.transcript import read_transcript, write_transcript
+from edge_runtime.cli.transcript import path_of, read_transcript, write_transcript
 from edge_runtime.demo import is_demo
 from edge_runtime.errors import ConfigError, ContextOverflowError, EdgeError
 
@@ -183,7 +183,7 @@ class Conversation:
         return [*system, *self._messages]
 
     def _save(self, name: str) -> None:
-        path = Path(name).expanduser() if name else self._file
+        path = path_of(name) if name else self._file
         if path is None:
             raise ConfigError("/save is given no file name", "for example: /save story.json")
         if path != self._file and path.exists():
@@ -197,7 +197,7 @@ class Conversation:
     def _load(self, name: str) -> None:
         if not name:
             raise ConfigError("/load is given no file name", "for example: /load story.json")
-        path = Path(name).expanduser()
+        path = path_of(name)
         messages = read_transcript(path)
         self._system = str(messages.pop(0)["content"]) if messages and messages[0]["role"] == "system" else None
         self._messages, self._file, self._last = messages, path, None

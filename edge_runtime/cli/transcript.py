@@ -18,17 +18,35 @@ if TYPE_CHECKING:
     from edge_runtime.chat_template import Message
 
 
+def path_of(name: str) -> Path:
+    """Return the path that somebody typed.
+
+    Raises:
+        ConfigError: No file can have it: a home that nobody has, or a name that is too long.
+    """
+    try:
+        path = Path(name).expanduser()
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"`{name:.90}` is no file name: {reason}", "name another file") from error
+    return path
+
+
 def write_transcript(path: Path, messages: list[Message]) -> None:
-    """Write a conversation, whole or not at all.
+    """Write a conversation, whole or not at all; a link stays one, and the file that it names is written.
 
     Raises:
         ConfigError: The file cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    place = path.resolve()
+    temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
     try:
         try:
             temporary.write_text(strict_json.dumps(messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
+            os.replace(temporary, place)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -73,3 +91,6 @@ def _check(path: Path, index: int, message: Any, role: str) -> None:
     if message["role"] != role:
         told = f"message {index + 1} of `{path}` has role {message['role']!r:.60}, expected {role!r}"
         raise ConfigError(told, "questions (`user`) and answers (`assistant`) must alternate")
+    if any("\ud800" <= character <= "\udfff" for character in message["content"]):
+        told = f"message {index + 1} of `{path}` holds half a character, expected Unicode text"
+        raise ConfigError(told, "name a file that /save wrote")

@@ -262,3 +262,30 @@ def test_model_without_a_template(edge_run, copy_of):
     assert (done.code, done.out) == (2, "")
     assert done.err.splitlines()[0].endswith("has no chat template")
     assert done.err.splitlines()[1].startswith("hint: use `edge-run generate`")
+
+
+@pytest.mark.parametrize("command", ["/save", "/load"])
+@pytest.mark.parametrize("name", ["~nobody-has-this-name/x.json", "x" * 5000])
+def test_name_that_no_file_can_have_does_not_end_the_chat(talk, command, name):
+    """The conversation was lost with it."""
+    done, results = talk(f"{command} {name}", "Hello")
+    assert "is no file name: " in done.err
+    assert len(results) == 1
+
+
+def test_half_a_character_is_not_loaded(talk, tmp_path):
+    """Nothing could be answered or saved after it."""
+    path = tmp_path / "half.json"
+    path.write_text(r'[{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "x"}]')
+    done, results = talk(f"/load {path}", "Hello")
+    assert "message 1 of" in done.err
+    assert "holds half a character" in done.err
+    assert len(results) == 1
+
+
+def test_saving_through_a_link_keeps_the_link(talk, tmp_path):
+    (tmp_path / "real.json").write_text("[]")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    talk(f"/load {tmp_path / 'link.json'}", "Hello", "/save")
+    assert (tmp_path / "link.json").is_symlink()
+    assert len(json.loads((tmp_path / "real.json").read_text())) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from edge_runtime.api import EdgeLLM
 from edge_runtime.chat_template import ROLES, ChatTemplate
 from edge_runtime.config import GenerationConfig, LoadConfig
-from edge_runtime.errors import ConfigError, ContextOverflowError, LogitsError
+from edge_runtime.errors import ConfigError, ContextOverflowError, LogitsError, ModelFormatError
 from edge_runtime.stream import GenerationResult
 from tests.runtime.fakes import LETTERS, blended_table, make_engine, make_llm, random_table
 
@@ -206,6 +207,14 @@ def test_on_prefill_that_cannot_be_called_is_refused(llm):
 def test_path_that_the_system_refuses_is_told_in_one_line(name, path):
     with pytest.raises(ConfigError, match=f"{name} is .*, which cannot be read: "):
         EdgeLLM.load(**{name: path})
+
+
+def test_file_that_vanishes_while_loading_is_told_in_one_line(tiny_ir, monkeypatch):
+    folder = tiny_ir("llama")
+    gone = FileNotFoundError(2, "No such file or directory", str(folder / "openvino_model.bin"))
+    monkeypatch.setattr("edge_runtime.api._load_model", Mock(side_effect=gone))
+    with pytest.raises(ModelFormatError, match=r"openvino_model\.bin` cannot be read: No such file or directory"):
+        EdgeLLM.load(folder)
 
 
 @pytest.mark.parametrize("options", [{"model": 123}, {"model": b"folder"}, {"draft": 5}, {"device": None}])
