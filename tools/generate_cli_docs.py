@@ -25,26 +25,26 @@ terminal on. For PowerShell it also permits scripts for the current user (`Set-E
 but your profile there, run `edge-run --show-completion >> $PROFILE` instead.
 
 - The model's text goes to stdout as it is generated, UTF-8 everywhere; everything else goes to stderr.
-- An error is one line `error: …`, mostly with a line `hint: …` that says what to do. `--debug`, anywhere in the
-  command, also shows where it comes from.
-- Exit codes: 0 done, 1 failed, 2 a wrong call, {INTERRUPTED} ended by Ctrl-C, after printing what there was.
-- Colour only on a terminal, and never where `NO_COLOR` is set."""
+- An error is one line `error: …`, usually followed by a line `hint: …` that says what to do. `--debug`, anywhere in
+  the command, also shows the traceback.
+- Exit codes: 0 success, 1 failure, 2 wrong usage, {INTERRUPTED} stopped by Ctrl-C, after printing the text so far.
+- Colour appears only on a terminal, and never if `NO_COLOR` is set."""
 
 NOTES = {
     "generate": """\
-The last line end of stdin is not part of the prompt, so that `echo` can be used; output ends with one line end.
+The final newline of stdin is not part of the prompt, so `echo` can be used; the output ends with a newline.
 
 `--json` prints `text`, `token_ids`, `finish_reason` (`stop`, `length` or `cancelled`), `metrics` (defined in
 `edge_runtime/metrics.py`) and, with `--logprobs N`, `logprobs`: for each token its `token_id`, `token`, `logprob` and
 the N most likely ones as `top`.""",
     "chat": f"""\
-What can be typed there beside questions:
+Commands in the chat:
 
 ```
 {HELP}
 ```""",
     "pull": """\
-The download lies in `FOLDER.partial` until it is complete: a folder without that ending holds all its files.""",
+Files are downloaded into `FOLDER.partial`, which is renamed once complete: `FOLDER` itself is always whole.""",
 }
 
 

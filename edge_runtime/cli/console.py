@@ -235,7 +235,7 @@ def _stats(metrics: Metrics) -> list[tuple[str, str]]:
     if metrics.proposed_tokens:
         rows += _draft_stats(metrics)
     memory_mib = peak_rss_bytes() / (1 << 20)
-    return [*rows, ("load", f"{_seconds(metrics.load_s)}, {memory_mib:.0f} MiB of memory at most")]
+    return [*rows, ("load", _seconds(metrics.load_s)), ("peak memory", f"{memory_mib:.0f} MiB")]
 
 
 def _draft_stats(metrics: Metrics) -> list[tuple[str, str]]:
@@ -244,7 +244,7 @@ def _draft_stats(metrics: Metrics) -> list[tuple[str, str]]:
     accepted = f"{metrics.accepted_tokens} of {metrics.proposed_tokens} tokens ({metrics.acceptance_rate:.0%})"
     return [
         ("accepted drafts", accepted),
-        ("by position", positions),
+        ("accepted by position", positions),
         ("per target step", f"{metrics.block_efficiency:.2f} tokens ({metrics.target_forwards} steps)"),
         ("drafting", f"{metrics.draft_share:.0%} of the time"),
     ]

@@ -34,7 +34,11 @@ def generate(
     *,
     options: ModelOptions,
 ) -> None:
-    """Continue a prompt and print the text as it is generated."""
+    """Continue a prompt and print the text as it is generated.
+
+    The most likely token is always taken unless --temperature is given; only `edge-run chat` follows the model's
+    generation_config.json.
+    """
     if "logprobs" in options.generation and not as_json:
         raise ConfigError("--logprobs needs --json, which prints them", "add `--json`")
     if options.chat and not chat:

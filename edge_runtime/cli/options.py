@@ -136,7 +136,10 @@ _OPTIONS: dict[str, _Option] = {
     ),
     "prefill_chunk_size": _Option(ADVANCED, int, "N", "Read the prompt N tokens at a time; fewer need less memory."),
     "activation_group_size": _Option(
-        ADVANCED, int, "N", "CPU: round activations to int8 in groups of N with one scale each; 0 disables rounding."
+        ADVANCED,
+        int,
+        "N",
+        "CPU: round activations to int8 in groups of N, 0 for none; by default 128 or the weights' group, in f32 none.",
     ),
     "npu_step_tokens": _Option(ADVANCED, int, "N", "NPU: compute N tokens in each step; 1 or a multiple of 8."),
     "attention": _Option(

@@ -35,8 +35,8 @@ def plan(
     ] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Plan the size of a model and of the text that it is trained on once. Give one of --params, --tokens and --flops
-    to compute the others; give two to move them to the ratio at the same cost."""
+    """Plan how large a model and its training text should be. Each token is read once. Give one of --params, --tokens
+    and --flops to compute the others; give two to move them to the ratio at the same cost."""
     from edge_export.one_epoch import adjust, complete
 
     words = {"parameters": ("--params", params), "tokens": ("--tokens", tokens), "flops": ("--flops", flops)}

@@ -98,7 +98,16 @@ def test_stop_ends_before_the_text(edge_run, model, text):
 def test_stats_go_to_stderr(edge_run, model, text):
     done = edge_run("generate", "-m", model, "-d", model, "--num-draft-tokens", 4, *FLAGS, "--stats", PROMPT)
     assert (done.code, done.out) == (0, text + "\n")
-    for word in ("prompt", "answer  40 tokens", "tokens/s", "accepted drafts", "by position", "per target step", "MiB"):
+    for word in (
+        "prompt",
+        "answer  40 tokens",
+        "tokens/s",
+        "accepted drafts",
+        "by position",
+        "peak memory",
+        "per target step",
+        "MiB",
+    ):
         assert word in done.err
 
 
