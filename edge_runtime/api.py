@@ -103,6 +103,8 @@ class EdgeLLM:
         _check_path("model", model)
         _check_path("draft", draft)
         model, draft = or_demo(model, draft)
+        if draft is None:
+            _check_wants_no_draft(config)
         folder, draft = resolve(Path(model)), None if draft is None else resolve(Path(draft))
         manifest = load_manifest(folder)
         draft_manifest = load_manifest(draft) if draft is not None else None
@@ -286,6 +288,15 @@ def _load_model(folder: Path, manifest: Manifest, config: LoadConfig) -> CachedM
     from edge_runtime.paged_model import PagedModel
 
     return CachedModel(PagedModel(folder, manifest, device, config), config.prefill_chunk_size)
+
+
+def _check_wants_no_draft(config: LoadConfig) -> None:
+    """Refuse options of a draft where there is none, rather than drop them."""
+    for name in ("draft_device", "draft_properties"):
+        if (value := getattr(config, name)) is not None:
+            raise ConfigError(
+                f"{name} is {value!r:.60}, but no draft is loaded", f"load a draft, or leave out `{name}`"
+            )
 
 
 def _check_path(name: str, value: Any) -> None:

@@ -209,6 +209,13 @@ def test_path_that_the_system_refuses_is_told_in_one_line(name, path):
         EdgeLLM.load(**{name: path})
 
 
+@pytest.mark.parametrize("option", [{"draft_device": "NPU"}, {"draft_properties": {"NUM_STREAMS": 1}}])
+def test_options_of_a_draft_are_refused_without_one(tiny_ir, option):
+    """They were dropped without a word."""
+    with pytest.raises(ConfigError, match=f"{next(iter(option))} is .*, but no draft is loaded"):
+        EdgeLLM.load(tiny_ir("llama"), **option)
+
+
 def test_file_that_vanishes_while_loading_is_told_in_one_line(tiny_ir, monkeypatch):
     folder = tiny_ir("llama")
     gone = FileNotFoundError(2, "No such file or directory", str(folder / "openvino_model.bin"))

@@ -55,7 +55,8 @@ def llm(llms, tiny_ir):
     def get(device: str = "NPU", draft_device: str = "NPU", draft: str | None = "llama") -> EdgeLLM:
         key = device, draft_device, draft
         if key not in llms:
-            options = {"device": device, "draft_device": draft_device, "context_length": 256}
+            of_draft = {"draft_device": draft_device} if draft else {}
+            options = {"device": device, "context_length": 256, **of_draft}
             options["precision"] = "f32" if device == "CPU" else "auto"
             llms[key] = EdgeLLM.load(tiny_ir("llama"), draft=draft and tiny_ir(draft), **options)
             llms[key].folder = tiny_ir("llama")

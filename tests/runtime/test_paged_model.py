@@ -17,6 +17,7 @@ from edge_runtime.api import EdgeLLM
 from edge_runtime.compile_plan import make_plan
 from edge_runtime.config import LoadConfig
 from edge_runtime.errors import ConfigError, DeviceError
+from edge_runtime.manifest import load_manifest
 from edge_runtime.weights import Weights
 from tests.tiny_models import SENTENCES, export_tiny, make_hf_model
 
@@ -216,6 +217,7 @@ def test_padded_draft_of_the_same_tokenizer_works(tiny_ir, tmp_path, rows):
     draft = export_tiny("gpt2", tmp_path / "draft", vocab_size=rows)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_ir("llama") / name, draft)
+    load_manifest(draft).save(draft)  # the checksums of what was copied
     llm = EdgeLLM.load(tiny_ir("llama"), draft=draft, precision="f32")
     penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.2}
     for options in ({}, penalties, {"logit_bias": {383: 100.0}}):
