@@ -114,7 +114,7 @@ def test_two_processes_train_one_draft(recipe, texts, tmp_path):
     command = [sys.executable, *launcher, "train", "draft", *paths, *options.split()]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("the draft") == 1
+    assert done.stdout.count("draft: ") == 1
     train_draft(recipe, tmp_path / "one")
     for name in STAGES:
         one, two = (ledgers(tmp_path / run)[name].path.read_bytes() for run in ("one", "two"))
@@ -144,8 +144,9 @@ def test_magpie_opens_the_users_turn(recipe, tiny_ir, tmp_path):
     assert llm.tokenizer.token(user_prefix(llm)[-1]) == "<|user|>"
     wanted = dataclasses.replace(recipe, stages=("align",), text=(), code=(), prompts="self", num_answers=8)
     out = train_draft(dataclasses.replace(wanted, window=32), tmp_path / "draft")
-    line = json.loads((out / "stages" / "answers.jsonl").read_text().splitlines()[0])
-    assert line["prompt_ids"][0] == user_prefix(llm)[0]
+    lines = [json.loads(line) for line in (out / "stages" / "answers.jsonl").read_text().splitlines()]
+    opening = user_prefix(llm)  # a prompt that outgrows the context loses its beginning
+    assert any(line["prompt_ids"][: len(opening)] == opening for line in lines)
 
 
 def test_another_recipe_does_not_go_on(recipe, tmp_path):

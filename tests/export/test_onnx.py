@@ -63,7 +63,7 @@ def test_sliding_window_lost_in_onnx_is_noticed(tiny_onnx, tmp_path):
 
 
 def test_soft_capped_attention_is_refused(tiny_onnx, tmp_path):
-    with pytest.raises(ExportError, match="recognises the attention of 0 of 2 layers"):
+    with pytest.raises(ExportError, match="recognises attention in only 0 of the 2 layers"):
         export_model(tiny_onnx("gemma2", "eager"), tmp_path / "ir", weights="fp32")
 
 
