@@ -91,7 +91,7 @@ class CachedModel:
             token_ids: The sequence that is to be continued; at least its last token is left to be fed.
             start: Tokens known to be equal.
         """
-        limit = min(self.model.num_tokens, len(token_ids) - 1)
+        limit = min(self.model.num_tokens, len(self._ids), len(token_ids) - 1)
         same = min(start, limit)
         while same < limit and self._ids[same] == token_ids[same]:
             same += 1
