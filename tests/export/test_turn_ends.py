@@ -54,16 +54,16 @@ def test_model_without_any_end_is_exported_with_a_warning(edge_run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("has_manifest", [True, False])
-def test_real_chat_ends_its_turn_where_the_configs_name_another_token(smollm2, tmp_path, has_manifest):
+def test_real_chat_ends_its_turn_where_the_configs_name_another_token(smollm2, tmp_path):
     """SmolLM2 with `<|endoftext|>` in its configs, as base models have it, ran on into "\\nsystem\\n\\nuser\\n"."""
     source = shutil.copytree(smollm2, tmp_path / "source")
     name_end(source, 0, "<|endoftext|>")
     report = export_model(source, tmp_path / "ir", weights="int8")
     assert report.manifest.eos_token_ids == (0, 2)
     assert report.notes == ("answers also end at `<|im_end|>` (id 2), named by the chat template",)
-    if not has_manifest:
-        (report.output / MANIFEST_NAME).unlink()  # as optimum-intel makes a folder
-    answer = EdgeLLM.load(report.output).chat(QUESTION, max_new_tokens=60)
-    assert (answer.finish_reason, len(answer.token_ids) < 60) == ("stop", True)
-    assert "Paris" in answer.text
+    for has_manifest in (True, False):
+        if not has_manifest:
+            (report.output / MANIFEST_NAME).unlink()  # as optimum-intel makes a folder
+        answer = EdgeLLM.load(report.output).chat(QUESTION, max_new_tokens=60)
+        assert (answer.finish_reason, len(answer.token_ids) < 60) == ("stop", True)
+        assert "Paris" in answer.text
