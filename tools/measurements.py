@@ -19,6 +19,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from edge_runtime import strict_json
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "measurements"
 RESULT = re.compile(r"(<!-- result ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -40,7 +42,7 @@ def record(name: str, command: list[str]) -> Path:
         "result": json.loads(done.stdout.splitlines()[-1]),
     }
     path = DOCS / "results" / f"{name}.json"
-    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(strict_json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 

@@ -59,7 +59,7 @@ def test_only_wanted_rows_are_computed(tiny_ir):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"precision": "f32", "kv_precision": "bf16"}, "kv_precision bf16"),
+        ({"precision": "f32", "kv_precision": "bf16"}, "kv_precision=bf16"),
         ({"precision": "f16"}, "cannot compute in f16"),
     ],
 )
