@@ -6,26 +6,18 @@ product depends on how many tokens it has, and a near-tie may fall the other way
 
     python benchmarks/equality.py MODEL [--draft FOLDER] --prompts PROMPTS.jsonl --json
 
-Prompts are one JSON object a line, with `prompt` or `turns`; models with a chat template get them as a chat.
+Prompts are JSON lines as `edge-run bench draft` takes them; models with a chat template get them as a chat.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from measure import machine, report
 
 PRECISIONS: dict[str, dict[str, Any]] = {"default": {}, "f32": {"precision": "f32"}}
-
-
-def read_prompts(path: Path, limit: int) -> list[str]:
-    """Return the first `limit` prompts, spread over the file."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    texts = [entry.get("prompt") or entry["turns"][0] for entry in lines]
-    return texts[:: max(1, len(texts) // limit)][:limit]
 
 
 def answers(llm: Any, prompts: list[str], new_tokens: int, **options: Any) -> list[list[int]]:
@@ -39,13 +31,14 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="model folder")
     parser.add_argument("--draft", type=Path, help="folder of its draft")
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines")
-    parser.add_argument("--limit", type=int, default=20, help="prompts taken, spread over the file")
+    parser.add_argument("--limit", type=int, help="most prompts of each category")
     parser.add_argument("--tokens", type=int, default=64, help="most new tokens of each answer")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args()
     from edge_runtime import EdgeLLM
+    from edge_runtime.bench.prompts import read_prompts
 
-    prompts = read_prompts(arguments.prompts, arguments.limit)
+    prompts = [prompt.text for prompt in read_prompts(arguments.prompts, arguments.limit)]
     equal: dict[str, int] = {}
     for precision, options in PRECISIONS.items():
         variants: dict[str, tuple[Path | None, dict[str, Any]]] = {"lookup": (None, {"lookup": True})}

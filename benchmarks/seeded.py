@@ -42,7 +42,7 @@ class Runs:
     Args:
         llm: The target, with a draft or without.
         prompts: As token ids.
-        options: Of every request.
+        options: Options of every request.
     """
 
     def __init__(self, llm: EdgeLLM, prompts: list[list[int]], options: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
@@ -24,6 +23,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from edge_runtime.background import Background
 from edge_runtime.chat_config import ChatConfig
 from edge_runtime.checksums import checked
 from edge_runtime.config import GenerationConfig, LoadConfig
@@ -112,7 +112,8 @@ class EdgeLLM:
         if draft is not None and draft_manifest is not None:
             files.append((draft, draft_manifest.files))
         with checked(files):
-            tokenizer = _TokenizerLoader(folder, draft)
+            # No longer than a small model's compilation. Where loading fails, a daemon would abort the process.
+            tokenizer = Background(lambda: _load_tokenizer(folder, draft), daemon=False)
             target = _load_model(folder, manifest, config.for_target(has_draft=draft is not None))
             drafter = None
             if draft is not None and draft_manifest is not None:
@@ -243,36 +244,13 @@ class EdgeLLM:
                 )
 
 
-class _TokenizerLoader(threading.Thread):
-    """Reads the tokenizer while the models compile, which takes no longer than a small one's compilation."""
-
-    def __init__(self, folder: Path, draft: str | Path | None) -> None:
-        super().__init__(daemon=False)  # where loading fails, the process may end: a daemon would then abort it
-        self._folder, self._draft = folder, draft
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._tokenizer = _load_tokenizer(self._folder, self._draft)
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that asks for the result
-            self._error = error
-
-    def result(self) -> Tokenizer:
-        """Wait for the tokenizer; raise what reading it raised."""
-        self.join()
-        if self._error is not None:
-            raise self._error
-        return self._tokenizer
-
-
-def _load_tokenizer(folder: Path, draft: str | Path | None) -> Tokenizer:
+def _load_tokenizer(folder: Path, draft: Path | None) -> Tokenizer:
     """Return the target's tokenizer, once the draft's is known to be the same."""
     from edge_runtime.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(folder)
     if draft is not None:
-        tokenizer.check_same_vocabulary(Tokenizer(Path(draft)))
+        tokenizer.check_same_vocabulary(Tokenizer(draft))
     return tokenizer
 
 

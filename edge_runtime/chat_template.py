@@ -6,7 +6,6 @@ expects a text, and the reverse) or refused in one line.
 
 from __future__ import annotations
 
-import difflib
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, TypeVar
 
 from edge_runtime.chat_config import ChatConfig
-from edge_runtime.errors import ConfigError, ModelFormatError
+from edge_runtime.errors import ConfigError, ModelFormatError, nearest
 from edge_runtime.manifest import read_json
 
 if TYPE_CHECKING:
@@ -142,8 +141,8 @@ class _CompiledTemplate:
     def _check_role(self, role: Any) -> None:
         """Refuse a role that most templates would render as it is, misspelt or not, and the model has never seen."""
         if role not in ROLES and not re.search(rf"(['\"]){re.escape(str(role))}\1", self._source):
-            near = difflib.get_close_matches(str(role), ROLES, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else "a role of the model's own must stand in its chat template"
+            near = nearest(str(role), ROLES)
+            hint = f"did you mean `{near}`?" if near else "a role of the model's own must stand in its chat template"
             raise ConfigError(f"a message has role {role!r:.60}, expected one of {', '.join(ROLES)}", hint)
 
     @property

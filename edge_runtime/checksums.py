@@ -9,7 +9,6 @@ that cannot be written, each load hashes. Folders whose manifest has no checksum
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import sys
 import threading
@@ -17,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from edge_runtime.background import Background
 from edge_runtime.errors import ModelFormatError
 
 KEPT_FROM_BYTES = 16 << 20
@@ -84,8 +84,7 @@ def checked(models: Sequence[tuple[Path, Files]]) -> Iterator[None]:
         for folder, files in models:
             found.extend(folder / name for name, facts in files.items() if not _is_whole(folder / name, facts, stop))
 
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
+    hashing = Background(look)
     failure: ModelFormatError | None = None
     try:
         yield
@@ -95,7 +94,7 @@ def checked(models: Sequence[tuple[Path, Files]]) -> Iterator[None]:
         stop.set()
         raise
     finally:
-        thread.join()
+        hashing.result()
     if found:
         raise ModelFormatError(
             f"`{found[0]}` is damaged: its SHA-256 is not the one it was exported with", HINT
@@ -124,6 +123,8 @@ class _Entry:
     def __init__(self, path: Path, facts: FileFacts) -> None:
         place, state = path.resolve(), path.stat()
         self._is_wanted = state.st_size >= KEPT_FROM_BYTES
+        import hashlib
+
         name = hashlib.blake2b(str(place).encode(errors="surrogateescape"), digest_size=16).hexdigest()
         self._file = _cache_folder() / "verified" / name
         self._content = f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {facts.sha256}\n"
@@ -154,6 +155,8 @@ def _cache_folder() -> Path:
 
 def _sha256(path: Path, stop: threading.Event | None = None) -> str:
     """Return a file's hash; a meaningless one where `stop` is set meanwhile."""
+    import hashlib  # 5 ms, in the thread that needs it
+
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while (chunk := file.read(_CHUNK)) and not (stop and stop.is_set()):

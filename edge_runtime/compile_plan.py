@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,8 @@ def cpu_arithmetic(config: LoadConfig, weights: Weights, facts: CpuFacts) -> tup
     """Return the arithmetic on the CPU, None for the plugin's own choice, and why.
 
     A CPU with bf16 decodes int8 and int4 weights about half as fast in it as in f32 with activations that are rounded
-    in groups (AMX: 10.4 against 20.7 tokens/s of 1 billion int8 weights, 15.2 against 28.9 of int4), and no better.
+    in groups, and no better. Measured on a CPU with AMX before this was the default, with the options set by hand: 10.4
+    against 20.7 tokens/s of 1 billion int8 weights, 15.2 against 28.9 of int4 (`benchmarks/decode.py` compares them).
     Weights of 16 bits are read as they are in bf16, and as twice as many bytes in f32.
     """
     if config.precision != "auto":
@@ -120,6 +120,8 @@ def usable_cache_dir(folder: str | os.PathLike[str]) -> str:
     Raises:
         ConfigError: Nothing can be written there.
     """
+    import tempfile  # with what it imports 13 ms, which nobody else needs
+
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

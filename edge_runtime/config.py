@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, Self
 
 from edge_runtime.device_properties import check_properties
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, nearest
 
 PRECISIONS = ("auto", "f32", "bf16", "f16")
 KV_PRECISIONS = ("auto", "f32", "bf16", "f16", "u8", "u4")
@@ -57,13 +57,10 @@ class KeywordOptions:
 
 def _hint_for(unknown: str, known: list[str]) -> str:
     """Suggest the option that an unknown one begins, or else resembles most."""
-    import difflib
-
     if unknown == "system":
         return 'a system message is the first of the messages: [{"role": "system", "content": …}, …]'
-    begun = [name for name in known if name.startswith(unknown)] if len(unknown) > 1 else []
-    near = begun[:1] or difflib.get_close_matches(unknown, known, n=1)
-    return f"did you mean `{near[0]}`?" if near else f"known options: {', '.join(known)}"
+    near = nearest(unknown, known)
+    return f"did you mean `{near}`?" if near else f"known options: {', '.join(known)}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ The command line prints both on two lines and exits with `exit_code`: 2 for a wr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 DISTRIBUTION = "edge-runtime"
@@ -116,3 +117,12 @@ def _installed_from() -> dict[str, Any]:
     except (PackageNotFoundError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word that `word` begins, or else resembles most, to be suggested; None where none is near."""
+    import difflib  # only for those who mistype
+
+    words = list(known)
+    begun = [name for name in words if name.startswith(word)] if len(word) > 1 else []
+    return next(iter(begun or difflib.get_close_matches(word, words, n=1)), None)

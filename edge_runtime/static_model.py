@@ -172,10 +172,7 @@ class StaticModel:
         """Compute tokens `begin` to `end` as the continuation of a prompt; return the last one's row."""
         self._infer(begin, min(begin + self._step_tokens, end))
         assert self._kept is not None
-        self._is_lost, self._unstepped = (
-            True,
-            self.context_length,
-        )  # should it fail, the next call begins anew
+        self._is_lost, self._unstepped = True, self.context_length  # should it fail, the next call begins anew
         self._kept.state = ov.Tensor(np.array([begin], np.int64))
         if int(self._kept.state.data[0]) == begin:
             return self._run(begin, end, is_prompt=True)

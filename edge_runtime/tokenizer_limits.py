@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tokenizers
 
+from edge_runtime.background import Background
 from edge_runtime.errors import ConfigError, ModelFormatError
 
 T = TypeVar("T")
@@ -76,27 +76,14 @@ def within_limit(work: Callable[[], T], num_characters: int) -> T:
     Raises:
         ConfigError: It takes longer. The thread is left behind.
     """
-    outcome: list[T] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(work())
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
-            failure.append(error)
-
     limit_s = LIMIT_S + num_characters / CHARACTERS_PER_S
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if failure:
-        raise failure[0]
-    if not outcome:
+    background = Background(work)
+    if not background.is_done(limit_s):
         raise ConfigError(
             f"the model's tokenizer takes more than {limit_s:.0f} s for a text of {num_characters} characters",
             "use the tokenizer.json of the original model",
         )
-    return outcome[0]
+    return background.result()
 
 
 def _rules(part: Any) -> Iterator[dict[str, Any]]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 
+from edge_runtime.cli import app
 from edge_runtime.cli.app import COMMANDS, load_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +74,30 @@ def test_the_readmes_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = fenced("README.md", "python")
     exec(compile(block, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.split()) > 50
+
+
+def test_the_readmes_hub_commands_run(
+    tiny_ir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub is a folder here; all else is as it would be."""
+    model = tiny_ir("llama")
+    siblings = [SimpleNamespace(rfilename=p.name, size=p.stat().st_size, lfs=None) for p in model.iterdir()]
+    info = SimpleNamespace(sha="0123abcd" * 5, siblings=siblings)
+
+    def download(hub_id: str, *, local_dir: Path, allow_patterns: list[str], **_: object) -> None:
+        local_dir.mkdir(parents=True, exist_ok=True)
+        for name in allow_patterns:
+            shutil.copyfile(model / name, local_dir / name)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    pull, chat = after("README.md", "hub")
+    assert app.run(pull) == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    capsys.readouterr()
+    assert app.run([*chat, "-n", "8"]) == 0
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""Prompts for a measurement: JSON lines with `prompt` and, if there are several kinds, `category`."""
+"""Prompts for a measurement: JSON lines with `prompt` and, if there are several kinds, `category`.
+
+MT-bench and Spec-Bench have `turns`, a list, in place of `prompt`: the first is taken.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,9 @@ def _read_prompt(path: Path, number: int, line: bytes) -> Prompt:
     except ValueError as error:  # not JSON, or not UTF-8
         raise ConfigError(f"line {number} of `{path}` is not JSON: {error}", HINT) from error
     fields = content if isinstance(content, dict) else {}
-    text, category = fields.get("prompt"), fields.get("category", ONE_CATEGORY)
+    turns = fields.get("turns")
+    text = fields.get("prompt", turns[0] if isinstance(turns, list) and turns else None)
+    category = fields.get("category", ONE_CATEGORY)
     if not (isinstance(text, str) and text and isinstance(category, str) and category):
         raise ConfigError(f"line {number} of `{path}` is not a prompt: {line.decode():.60}", HINT)
     return Prompt(text, category, number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import re
@@ -18,7 +17,7 @@ from typer.utils import get_params_from_function
 from edge_runtime import __version__
 from edge_runtime.cli import console
 from edge_runtime.cli.options import ADVANCED, COMMON
-from edge_runtime.errors import ConfigError, EdgeError
+from edge_runtime.errors import ConfigError, EdgeError, nearest
 
 COMMANDS = (
     "generate",
@@ -89,9 +88,9 @@ class Commands(TyperGroup):
         names = self.list_commands(ctx)
         first_words = {name.split()[0] for name in names}
         if args[0] not in first_words and not ctx.resilient_parsing:
-            near = difflib.get_close_matches(args[0], [*names, *first_words], n=1)
+            near = nearest(args[0], [*names, *first_words])
             called = f"{self.family} ".lstrip()
-            hint = f"did you mean `{called}{near[0]}`?" if near else f"commands: {', '.join(names)}"
+            hint = f"did you mean `{called}{near}`?" if near else f"commands: {', '.join(names)}"
             if " " in args[0]:
                 hint = f'to continue a text: `edge-run generate "{args[0]}"`'
             raise ConfigError(f"unknown command `{called}{args[0]}`", hint)
@@ -118,7 +117,8 @@ def load_command(name: str) -> Any:
     app.command(name, cls=Command, short_help=headline)(function)
     command: Any = typer.main.get_command(app)
     parameters = get_params_from_function(function)
-    command.help_texts = {name: parameter.default.help for name, parameter in parameters.items()}
+    helped = {name: parameter.default for name, parameter in parameters.items() if hasattr(parameter.default, "help")}
+    command.help_texts = {name: option.help for name, option in helped.items()}
     return command
 
 
@@ -247,5 +247,4 @@ def _nearest_option(error: Any) -> str | None:
     flags = (
         [flag for parameter in error.ctx.command.get_params(error.ctx) for flag in parameter.opts] if error.ctx else []
     )
-    begun = [flag for flag in flags if flag.startswith(error.option_name)]
-    return next(iter(begun or difflib.get_close_matches(error.option_name, flags, n=1)), None)
+    return nearest(error.option_name, flags)

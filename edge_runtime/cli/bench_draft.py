@@ -43,7 +43,9 @@ _COLUMNS = {
 def bench_draft(
     prompts: Annotated[
         Path,
-        typer.Option(metavar="FILE", help="JSON lines file; each line has a `prompt` and, optionally, a `category`."),
+        typer.Option(
+            metavar="FILE", help="JSON lines file; each line has a `prompt` or `turns`, and perhaps a `category`."
+        ),
     ],
     target: Annotated[
         Path | None,

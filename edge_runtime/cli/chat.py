@@ -5,7 +5,6 @@ The whole conversation is sent each time; `EdgeLLM` keeps the keys and values of
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import re
 import sys
@@ -20,7 +19,7 @@ from edge_runtime.cli.running import load_model, run_stream
 from edge_runtime.cli.terminal import without_echo
 from edge_runtime.cli.transcript import path_of, read_transcript, write_transcript
 from edge_runtime.demo import is_demo
-from edge_runtime.errors import ConfigError, ContextOverflowError, EdgeError
+from edge_runtime.errors import ConfigError, ContextOverflowError, EdgeError, nearest
 
 if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM
@@ -125,8 +124,8 @@ class Conversation:
                 self._answer(text)
             return
         if name not in self._commands:
-            near = difflib.get_close_matches(name, self._commands, n=1)
-            raise ConfigError(f"unknown command `{name}`", f"did you mean `{near[0]}`?" if near else "try /help")
+            near = nearest(name, self._commands)
+            raise ConfigError(f"unknown command `{name}`", f"did you mean `{near}`?" if near else "try /help")
         self._commands[name](argument.strip())
 
     def _answer(self, text: str) -> None:

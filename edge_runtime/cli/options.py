@@ -14,25 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-import click
 import typer
-from click.core import ParameterSource
 
 from edge_runtime.chat_config import ChatConfig
-from edge_runtime.cli.parsing import auto_or_number, biases, template_options, unescaped
+from edge_runtime.cli.parsing import auto_or_number, biases, properties, template_options, unescaped
 from edge_runtime.config import GenerationConfig, LoadConfig
 from edge_runtime.demo import or_demo
 from edge_runtime.errors import ConfigError
 
 COMMON, SAMPLING, DRAFTING, DEVICE, ADVANCED = "Options", "Sampling", "Drafting", "Device", "Advanced"
 """Headings of the help, in its order."""
-
-
-def _properties(words: list[str]) -> dict[str, str]:
-    for word in words:
-        if not re.match(r"\w+=", word):
-            raise ConfigError(f"property is {word!r}, expected NAME=VALUE", "for example PERFORMANCE_HINT=LATENCY")
-    return dict(word.split("=", 1) for word in words)
 
 
 class _Option(NamedTuple):
@@ -157,7 +148,7 @@ _OPTIONS: dict[str, _Option] = {
         "NAME=VALUE",
         "Set an OpenVINO property of the model, and of a draft on the same device. Repeatable.",
         ("--property",),
-        _properties,
+        properties,
     ),
     "draft_properties": _Option(
         ADVANCED,
@@ -165,7 +156,7 @@ _OPTIONS: dict[str, _Option] = {
         "NAME=VALUE",
         "Set an OpenVINO property of the draft, in place of those that --property sets. Repeatable.",
         ("--draft-property",),
-        _properties,
+        properties,
     ),
 }
 
@@ -216,10 +207,9 @@ def with_model_options(*left_out: str) -> Callable[[Callable[..., None]], Callab
         own = inspect.signature(command, eval_str=True)
 
         @functools.wraps(command)
-        def with_options(model: str | None, draft: str | None, **values: Any) -> None:
-            source_of = click.get_current_context().get_parameter_source
+        def with_options(context: typer.Context, model: str | None, draft: str | None, **values: Any) -> None:
             shared_values = {name: values.pop(name) for name in _OPTIONS if name in values}
-            words = {n: word for n, word in shared_values.items() if source_of(n) is not ParameterSource.DEFAULT}
+            words = {name: word for name, word in shared_values.items() if _is_given(context, name)}
             try:
                 command(**values, options=ModelOptions.parse(model, draft, words))
             except ConfigError as error:
@@ -228,7 +218,7 @@ def with_model_options(*left_out: str) -> Callable[[Callable[..., None]], Callab
 
         kind = inspect.Parameter.KEYWORD_ONLY  # so that the order is free: what is shared comes first in the help
         parameters = [p.replace(kind=kind) for name, p in own.parameters.items() if name != "options"]
-        with_options.__signature__ = own.replace(parameters=[*shared, *parameters])  # type: ignore[attr-defined]
+        with_options.__signature__ = own.replace(parameters=[_context, *shared, *parameters])  # type: ignore[attr-defined]
         return with_options
 
     return decorate
@@ -238,6 +228,12 @@ def flag_of(field_name: str) -> str:
     """Return the long flag of a config field."""
     flags = _OPTIONS[field_name].flags
     return flags[-1] if flags else "--" + field_name.replace("_", "-")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether the command line says a parameter's value, rather than its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"  # by name: typer's click is another than the installed one
 
 
 def _with_flags(message: str) -> str:
@@ -269,6 +265,7 @@ def _typer_parameter(name: str, option: _Option, default: Any, flags: tuple[str,
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=kind)
 
 
+_context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 _model = _typer_parameter(
     "model",
     _Option(COMMON, str, "FOLDER", "Model folder; by default the embedded pair of model and draft."),

@@ -30,12 +30,12 @@ def biases(words: list[str]) -> dict[int, float]:
         ConfigError: A word is something else.
     """
     made: dict[int, float] = {}
-    for word in words:
-        token_id, _, bias = word.partition("=")
+    for token_id, bias in _pairs("--logit-bias", words, "ID=BIAS", "42=-5, or 42=-inf"):
         try:
             made[int(token_id)] = float(bias)
         except ValueError:
-            raise ConfigError(f"--logit-bias is {word!r}, expected ID=BIAS", "for example 42=-5, or 42=-inf") from None
+            told = f"--logit-bias is '{token_id}={bias}', expected ID=BIAS"
+            raise ConfigError(told, "for example 42=-5, or 42=-inf") from None
     return made
 
 
@@ -46,17 +46,29 @@ def template_options(words: list[str]) -> dict[str, Any]:
         ConfigError: A word is something else.
     """
     options: dict[str, Any] = {}
-    for word in words:
-        name, is_given, value = word.partition("=")
-        if not name or not is_given:
-            raise ConfigError(
-                f"--template-option is {word!r}, expected NAME=VALUE", "for example enable_thinking=false"
-            )
+    for name, value in _pairs("--template-option", words, "NAME=VALUE", "enable_thinking=false"):
         try:
             options[name] = json.loads(value)
         except (ValueError, RecursionError):
             options[name] = value
     return options
+
+
+def properties(words: list[str]) -> dict[str, str]:
+    """Return the OpenVINO properties of words such as `PERFORMANCE_HINT=LATENCY`.
+
+    Raises:
+        ConfigError: A word is something else.
+    """
+    return dict(_pairs("property", words, "NAME=VALUE", "PERFORMANCE_HINT=LATENCY"))
+
+
+def _pairs(flag: str, words: list[str], form: str, example: str) -> list[tuple[str, str]]:
+    """Return both sides of words such as `name=value`."""
+    for word in words:
+        if not re.match(r"\w+=", word):
+            raise ConfigError(f"{flag} is {word!r}, expected {form}", f"for example {example}")
+    return [(name, value) for name, _, value in (word.partition("=") for word in words)]
 
 
 def parse_number(flag: str, word: str) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from edge_runtime.background import Background
 from edge_runtime.cli.console import Status
 from edge_runtime.demo import is_demo
 
@@ -46,23 +46,10 @@ def in_background(work: Callable[[], T], on_wait: Callable[[], None] = lambda: N
         work: What takes long.
         on_wait: Called every now and then.
     """
-    outcome: list[T] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(work())
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
-            failure.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_S)
+    background = Background(work)
+    while not background.is_done(POLL_S):
         on_wait()
-    if failure:
-        raise failure[0]
-    return outcome[0]
+    return background.result()
 
 
 def run_stream(

@@ -11,9 +11,9 @@ import typer
 from edge_runtime.cli import console
 from edge_runtime.cli.options import ADVANCED, COMMON
 from edge_runtime.cli.parsing import parse_number
-from edge_runtime.cli.training import StageBars
+from edge_runtime.cli.training import TRAINING, AsJson, BatchSize, MicroBatchSize, Output, Precision, StageBars
 
-_DATA, _SHAPE, _ALIGNMENT, _TRAINING = "Data", "Shape", "Alignment", "Training"
+_DATA, _SHAPE, _ALIGNMENT = "Data", "Shape", "Alignment"
 _Files = list[Path] | None
 
 
@@ -25,18 +25,13 @@ def train_draft(
     target: Annotated[
         str, typer.Option(metavar="MODEL", help="Target model: a Hugging Face folder or hub id, or an exported folder.")
     ],
-    output: Annotated[
-        Path,
-        typer.Option("-o", "--output", metavar="FOLDER", help="Output folder; an unfinished training resumes in it."),
-    ],
+    output: Output,
     text: Annotated[_Files, _option(COMMON, "PATH", "Text file or folder to train on. Repeatable.")] = None,
     code: Annotated[_Files, _option(COMMON, "PATH", "Source code file or folder to train on. Repeatable.")] = None,
     size: Annotated[
         str, _option(COMMON, "N|auto", "Number of parameters, such as 50M; auto fits them to --latency-share.")
     ] = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the record of the training as one JSON object.")
-    ] = False,
+    as_json: AsJson = False,
     max_tokens: Annotated[
         str | None,
         _option(_DATA, "N", "Train each stage on at most N tokens, such as 20M; by default all of the text."),
@@ -91,19 +86,15 @@ def train_draft(
         str, _option(_ALIGNMENT, "NAME", "Device on which the target writes its answers: CPU or GPU.")
     ] = "CPU",
     stages: Annotated[
-        str, _option(_TRAINING, "NAMES", "Stages to run, separated by commas: pretrain, continue, align.")
+        str, _option(TRAINING, "NAMES", "Stages to run, separated by commas: pretrain, continue, align.")
     ] = "pretrain,continue,align",
-    learning_rate: Annotated[float, _option(_TRAINING, "X", "Peak learning rate.")] = 4e-3,
+    learning_rate: Annotated[float, _option(TRAINING, "X", "Peak learning rate.")] = 4e-3,
     align_learning_rate: Annotated[
         float, _option(ADVANCED, "X", "Peak learning rate of the align stage after another stage.")
     ] = 2e-3,
-    batch_size: Annotated[int, _option(_TRAINING, "N", "Number of windows in one optimiser update.")] = 8,
-    micro_batch_size: Annotated[
-        int, _option(ADVANCED, "N", "Number of windows computed at once; fewer need less memory.")
-    ] = 2,
-    precision: Annotated[
-        str, _option(ADVANCED, "TYPE", "Arithmetic of the training: auto, bf16, or no for f32.")
-    ] = "auto",
+    batch_size: BatchSize = 8,
+    micro_batch_size: MicroBatchSize = 2,
+    precision: Precision = "auto",
     seed: Annotated[int, _option(ADVANCED, "S", "Random seed of the initial weights and the order of the text.")] = 0,
 ) -> None:
     """Train a draft model for a target. Three stages follow each other: text, code mixed with text, and answers that

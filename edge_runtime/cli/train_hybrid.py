@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from edge_runtime.cli.options import ADVANCED
 from edge_runtime.cli.parsing import parse_number
-from edge_runtime.cli.training import run_adaptation
-
-_TRAINING = "Training"
-
-
-def _option(metavar: str, help: str, group: str = _TRAINING) -> Any:
-    return typer.Option(metavar=metavar, help=help, rich_help_panel=group)
+from edge_runtime.cli.training import (
+    AsJson,
+    BatchSize,
+    MaxTokens,
+    MicroBatchSize,
+    OrderSeed,
+    Output,
+    Precision,
+    Texts,
+    option_of,
+    run_adaptation,
+)
 
 
 def train_hybrid(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Hugging Face folder or hub id of a dense model.")],
-    output: Annotated[
-        Path,
-        typer.Option("-o", "--output", metavar="FOLDER", help="Output folder; an unfinished training resumes in it."),
-    ],
-    text: Annotated[list[Path], typer.Option(metavar="PATH", help="Text file or folder to train on. Repeatable.")],
+    output: Output,
+    text: Texts,
     attention: Annotated[
         str,
         typer.Option(
@@ -52,23 +53,15 @@ def train_hybrid(
         ),
     ] = False,
     window: Annotated[
-        int | None, _option("N", "Train on windows of N tokens; by default the context length that results.")
+        int | None, option_of("N", "Train on windows of N tokens; by default the context length that results.")
     ] = None,
-    max_tokens: Annotated[
-        str | None, _option("N", "Train on at most N tokens, such as 5M; by default all of the text.")
-    ] = None,
-    batch_size: Annotated[int, _option("N", "Number of windows in one optimiser update.")] = 8,
-    micro_batch_size: Annotated[
-        int, _option("N", "Number of windows computed at once; fewer need less memory.", ADVANCED)
-    ] = 1,
-    learning_rate: Annotated[float, _option("X", "Peak learning rate.")] = 2e-4,
-    precision: Annotated[
-        str, _option("TYPE", "Arithmetic of the training: auto, bf16, or no for f32.", ADVANCED)
-    ] = "auto",
-    seed: Annotated[int, _option("S", "Random seed of the order of the text.", ADVANCED)] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the record of the training as one JSON object.")
-    ] = False,
+    max_tokens: MaxTokens = None,
+    batch_size: BatchSize = 8,
+    micro_batch_size: MicroBatchSize = 1,
+    learning_rate: Annotated[float, option_of("X", "Peak learning rate.")] = 2e-4,
+    precision: Precision = "auto",
+    seed: OrderSeed = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Train a model with sparse attention, and lengthen its context. Training is one pass over packed texts. Export the
     result with `edge-run export`. Run the same command again to resume after an interruption."""

@@ -1,17 +1,40 @@
-"""What the commands of `edge-run train` show while they work."""
+"""The options that the commands of `edge-run train` share, and what they show while they work."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from edge_runtime.cli import console
+from edge_runtime.cli.options import ADVANCED
 from edge_runtime.cli.parsing import parse_number
 
 if TYPE_CHECKING:
     from edge_export.adapt import Adaptation
     from edge_export.fastdraft.data import OnProgress
+
+TRAINING = "Training"
+"""Heading of the options of a training."""
+
+
+def option_of(metavar: str, help: str, group: str = TRAINING) -> Any:
+    """Return an option for the annotation of a parameter."""
+    return typer.Option(metavar=metavar, help=help, rich_help_panel=group)
+
+
+Output = Annotated[
+    Path, typer.Option("-o", "--output", metavar="FOLDER", help="Output folder; an unfinished training resumes in it.")
+]
+Texts = Annotated[list[Path], typer.Option(metavar="PATH", help="Text file or folder to train on. Repeatable.")]
+MaxTokens = Annotated[str | None, option_of("N", "Train on at most N tokens, such as 5M; by default all of the text.")]
+BatchSize = Annotated[int, option_of("N", "Number of windows in one optimiser update.")]
+MicroBatchSize = Annotated[int, option_of("N", "Number of windows computed at once; fewer need less memory.", ADVANCED)]
+Precision = Annotated[str, option_of("TYPE", "Arithmetic of the training: auto, bf16, or no for f32.", ADVANCED)]
+OrderSeed = Annotated[int, option_of("S", "Random seed of the order of the text.", ADVANCED)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the record of the training as one JSON object.")]
 
 
 class StageBars:

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its quantised weights: read and restored at export, or refused in one line.
+"""Quantised weights of a checkpoint: its format is read, and restored at export or refused in one line.
 
 Restored are the formats whose values are plain arithmetic (`dequantize`): GPTQ, AWQ, fp8, mxfp4, and the integer and
 fp8 formats of compressed-tensors. All others are named, with what to do.

@@ -19,7 +19,7 @@ class Hub:
 
     Attributes:
         files: In the repository, with their sizes.
-        lfs: What the hub says of large files, by name.
+        lfs: Size and hash of large files, by name.
         failure: Raised before anything is looked up.
         breaks_after: Files that arrive before the connection breaks.
     """

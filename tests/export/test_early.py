@@ -24,7 +24,7 @@ for command in json.loads(sys.argv[1]):
     print(json.dumps({"code": code, "s": seconds, "heavy": heavy, "err": err.getvalue().splitlines()}))
 """
 MOST_S = 1.0
-"""Of a processor. Measured 0.05 to 0.15 s; torch and what needs it take 6 s."""
+"""Longest processor time of a refusal. Refusals take 0.05 to 0.15 s; importing torch and its users takes 6 s."""
 
 TENSORLESS = (2).to_bytes(8, "little") + b"{}"
 """A safetensors file without a tensor."""

@@ -23,6 +23,11 @@ def test_lines_keep_their_order_category_and_number(file_of):
     assert read_prompts(path) == [Prompt("a", "x", 1), Prompt("ä\u2028", ONE_CATEGORY, 3)]
 
 
+def test_first_turn_stands_for_the_prompt(file_of):
+    """As MT-bench and Spec-Bench have it."""
+    assert read_prompts(file_of(b'{"turns": ["a", "b"], "category": "x"}')) == [Prompt("a", "x", 1)]
+
+
 def test_byte_order_mark_is_no_part_of_a_prompt(file_of):
     assert read_prompts(file_of(b'\xef\xbb\xbf{"prompt": "a"}')) == [Prompt("a", ONE_CATEGORY, 1)]
 
@@ -43,6 +48,8 @@ def test_limit_is_of_each_category(file_of):
         b'{"prompt": ""}',
         b'{"prompt": 3}',
         b'{"prompt": "a", "category": null}',
+        b'{"turns": []}',
+        b'{"turns": "a"}',
     ],
 )
 def test_bad_line_is_named(file_of, line):

@@ -33,7 +33,7 @@ def test_number_of_a_token_depends_on_no_other_token():
 
 
 def test_numbers_lie_between_zero_and_one():
-    """Of 0 the logarithm is infinite, and a token without mass could win."""
+    """The logarithm of 0 is infinite: a token without mass could win."""
     least, most = (mixed(np.zeros(1, np.uint64), np.uint64(start))[0] for start in (0, 0xCF9A04AFFA6BADC0))
     assert (int(least), int(most)) == (1, 2**53 - 1)
     assert 0 < least * UNIT < most * UNIT < 1
