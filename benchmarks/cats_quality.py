@@ -30,7 +30,7 @@ from edge_export.sources import open_source
 from edge_runtime.bench.plot import check_plot
 from edge_runtime.demo import demo_target
 from edge_runtime.manifest import MODEL_NAME
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.text.tokenizer import Tokenizer
 
 SHARES = (0.25, 0.4, 0.5, 0.7)
 METHODS = ("cats", "chess")

@@ -46,7 +46,7 @@ from edge_runtime.bench.plot import check_plot
 from edge_runtime.bench.prompts import Prompt, read_prompts
 from edge_runtime.bench.settings import DraftSettings
 from edge_runtime.demo import demo_target
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.text.tokenizer import Tokenizer
 
 BLOCKS = (3, 5)
 """K of the peer, and of the prediction."""

@@ -28,8 +28,8 @@ from edge_runtime.bench.plot import check_plot
 from edge_runtime.bench.prompts import read_prompts
 from edge_runtime.bench.rows import rounded
 from edge_runtime.bench.statistics import ratio_difference_interval, ratio_interval
-from edge_runtime.drafters import DraftModel
-from edge_runtime.engine import Engine
+from edge_runtime.decoding.drafters import DraftModel
+from edge_runtime.decoding.engine import Engine
 
 NUM_DRAFT_TOKENS, TEMPERATURE = 3, 0.6
 FINAL = {"text": 0.37, "code": 0.56}

@@ -21,8 +21,8 @@ from long_context import make_model
 from measure import add_peer_tokenizer, machine, paired_ratio, peer_inputs, report, spread
 
 from edge_runtime import EdgeLLM
-from edge_runtime.attention import AttentionPattern, longgen, s2
 from edge_runtime.manifest import load_manifest
+from edge_runtime.models.attention import AttentionPattern, longgen, s2
 
 LAYERS, KV_HEADS = 28, 8
 PATTERNS: dict[str, AttentionPattern | None] = {

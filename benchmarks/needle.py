@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from edge_export.quiet import hide_packages
 from edge_runtime import strict_json
-from edge_runtime.attention import FULL, AttentionPattern, LayerPattern, longgen, s2
+from edge_runtime.models.attention import FULL, AttentionPattern, LayerPattern, longgen, s2
 
 BLOCK, WINDOW, LAYERS, HEADS, HIDDEN = 16, 32, 6, 4, 64
 LENGTH, FILLERS, KINDS, VALUES = 512, 64, 8, 16
@@ -155,7 +155,7 @@ def found_in_runtime(folder: Path, ids: Ints) -> Ints:
     from edge_export.convert import export_model
     from edge_runtime.config import LoadConfig
     from edge_runtime.manifest import load_manifest
-    from edge_runtime.paged_model import PagedModel
+    from edge_runtime.models.paged import PagedModel
 
     exported = folder.with_name(folder.name + "-int8")
     if not exported.is_dir():

@@ -27,9 +27,9 @@ from edge_export.quiet import quiet
 from edge_export.sources import open_source
 from edge_export.verify import compare
 from edge_runtime import EdgeLLM
-from edge_runtime.compiling import compile_model
 from edge_runtime.light_openvino import ov
-from edge_runtime.paged_model import read_model
+from edge_runtime.models.compiling import compile_model
+from edge_runtime.models.paged import read_model
 
 WINDOW, ANSWER = 128, 48
 QUESTIONS = (

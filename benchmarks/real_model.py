@@ -115,7 +115,7 @@ class Served:
 
 def prompts(folder: Path) -> tuple[list[int], Callable[[], list[int]]]:
     """Return the ids of the question, and a function that gives a long prompt that no cache holds yet."""
-    from edge_runtime.tokenizer import Tokenizer
+    from edge_runtime.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(folder)
     question = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])

@@ -48,7 +48,7 @@ from edge_runtime.demo import demo_target
 from edge_runtime.manifest import MODEL_NAME
 from edge_runtime.metrics import peak_rss_bytes
 from edge_runtime.outputs import check_apart, check_output
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.text.tokenizer import Tokenizer
 
 GROUP = 128
 """Sizes are multiples of it, so that groups of int4 weights and of rounded activations are whole."""

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM
-    from edge_runtime.chat_template import Message
     from edge_runtime.config import GenerationConfig, LoadConfig
     from edge_runtime.errors import EdgeError
     from edge_runtime.metrics import Metrics
-    from edge_runtime.stream import GenerationResult, TextChunk, TextStream
+    from edge_runtime.text.chat_template import Message
+    from edge_runtime.text.stream import GenerationResult, TextChunk, TextStream
 
 __version__ = "0.1.0"
 
@@ -31,12 +31,12 @@ _MODULES = {
     "EdgeError": "errors",
     "EdgeLLM": "api",
     "GenerationConfig": "config",
-    "GenerationResult": "stream",
+    "GenerationResult": "text.stream",
     "LoadConfig": "config",
-    "Message": "chat_template",
+    "Message": "text.chat_template",
     "Metrics": "metrics",
-    "TextChunk": "stream",
-    "TextStream": "stream",
+    "TextChunk": "text.stream",
+    "TextStream": "text.stream",
 }
 
 __all__ = [

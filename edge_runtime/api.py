@@ -24,25 +24,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from edge_runtime.background import Background
-from edge_runtime.chat_config import ChatConfig
 from edge_runtime.checksums import checked
 from edge_runtime.config import GenerationConfig, LoadConfig
+from edge_runtime.decoding.drafters import DraftModel
+from edge_runtime.decoding.engine import Engine, check_prompt
 from edge_runtime.demo import or_demo
 from edge_runtime.devices import check_device
-from edge_runtime.drafters import DraftModel
-from edge_runtime.engine import Engine, check_prompt
 from edge_runtime.errors import ConfigError, ModelFormatError
 from edge_runtime.forks import HomeProcess
 from edge_runtime.hub_cache import resolve
 from edge_runtime.manifest import Manifest, load_manifest
-from edge_runtime.model import CachedModel
 from edge_runtime.model_defaults import Recommended, read_recommended
-from edge_runtime.stream import GenerationResult, TextStream
-from edge_runtime.turns import Turns
+from edge_runtime.models.base import CachedModel
+from edge_runtime.text.chat_config import ChatConfig
+from edge_runtime.text.stream import GenerationResult, TextStream
+from edge_runtime.text.turns import Turns
 
 if TYPE_CHECKING:
-    from edge_runtime.chat_template import Message
-    from edge_runtime.tokenizer import Tokenizer
+    from edge_runtime.text.chat_template import Message
+    from edge_runtime.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 
@@ -121,7 +121,7 @@ class EdgeLLM:
                 drafting.warm_up()  # its first run comes in the middle of an answer
                 drafter = DraftModel(drafting, target.model.vocab_size)
             read = tokenizer.result()
-        from edge_runtime.turn_ends import answer_ends
+        from edge_runtime.text.turn_ends import answer_ends
 
         manifest = dataclasses.replace(manifest, eos_token_ids=answer_ends(folder, manifest, read))
         recommended = read_recommended(folder, target.model.vocab_size)
@@ -246,7 +246,7 @@ class EdgeLLM:
 
 def _load_tokenizer(folder: Path, draft: Path | None) -> Tokenizer:
     """Return the target's tokenizer, once the draft's is known to be the same."""
-    from edge_runtime.tokenizer import Tokenizer
+    from edge_runtime.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(folder)
     if draft is not None:
@@ -259,11 +259,11 @@ def _load_model(folder: Path, manifest: Manifest, config: LoadConfig) -> CachedM
     lengths = [length for length in (manifest.context_length, config.context_length) if length]
     manifest = dataclasses.replace(manifest, context_length=min(lengths, default=None))
     if device.startswith("NPU"):
-        from edge_runtime.static_model import StaticModel
+        from edge_runtime.models.static import StaticModel
 
         static = StaticModel(folder, manifest, device, config)
         return CachedModel(static, static.chunk_size)
-    from edge_runtime.paged_model import PagedModel
+    from edge_runtime.models.paged import PagedModel
 
     return CachedModel(PagedModel(folder, manifest, device, config), config.prefill_chunk_size)
 

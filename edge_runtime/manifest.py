@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime import strict_json
-from edge_runtime.attention import AttentionPattern
 from edge_runtime.checksums import FileFacts, facts_of
 from edge_runtime.errors import ConfigError, ModelFormatError
+from edge_runtime.models.attention import AttentionPattern
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "edge_model.json"

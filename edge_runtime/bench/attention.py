@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.attention import BLOCK_SIZE, FULL, AttentionPattern, LayerPattern, longgen, s2
-from edge_runtime.attention_graph import LayerShape
 from edge_runtime.bench.attention_variants import Case, OwnLayer, StockLayer, Variant, WholeModel
 from edge_runtime.bench.settings import AttentionSettings
 from edge_runtime.config import LoadConfig
 from edge_runtime.manifest import load_manifest, weight_bytes
-from edge_runtime.paged_model import PagedModel
+from edge_runtime.models.attention import BLOCK_SIZE, FULL, AttentionPattern, LayerPattern, longgen, s2
+from edge_runtime.models.paged import PagedModel
+from edge_runtime.models.passes.block_sparse_attention import LayerShape
 
 PLACES = 5
 """Number of places along a prompt at which a chunk is timed."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from edge_runtime.bench.plot import save_figure
 
 if TYPE_CHECKING:
-    from edge_runtime.attention import AttentionPattern, LayerPattern
+    from edge_runtime.models.attention import AttentionPattern, LayerPattern
 
 COLORS = ("#f2f2f2", "#2f6db3", "#e0883a", "#7fb069", "#9aa5b1")
 MEANINGS = ("not held", "local window", "sink", "strided", "full layer")

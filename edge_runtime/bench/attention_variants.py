@@ -13,16 +13,22 @@ from numpy.typing import NDArray
 from openvino import opset13
 
 import ov_kernels
-from edge_runtime.attention import AttentionPattern
-from edge_runtime.attention_graph import LayerShape, attention_op, block_bytes, cache_input, parameter
-from edge_runtime.block_cache import BlockTable
-from edge_runtime.compile_plan import make_plan
-from edge_runtime.compiling import compile_model
 from edge_runtime.config import LoadConfig
 from edge_runtime.devices import core
-from edge_runtime.paged_cache import STOCK_CACHES, StockCache, aligned_bytes
-from edge_runtime.paged_model import PagedModel
-from edge_runtime.weights import Weights
+from edge_runtime.models.attention import AttentionPattern
+from edge_runtime.models.compiling import compile_model
+from edge_runtime.models.kv.block_sparse import BlockTable
+from edge_runtime.models.kv.stock import STOCK_CACHES, StockCache, aligned_bytes
+from edge_runtime.models.paged import PagedModel
+from edge_runtime.models.passes.block_sparse_attention import (
+    LayerShape,
+    attention_op,
+    block_bytes,
+    cache_input,
+    parameter,
+)
+from edge_runtime.models.plan import make_plan
+from edge_runtime.models.weights import Weights
 
 KV_TYPE = "u8"
 COLD_BYTES, MOST_REPEATS = 128 << 20, 32

@@ -190,7 +190,7 @@ def _activation_sizes(mlp: Any, hidden: int) -> NDArray[np.float32]:
 
 def _stock_runs(mlp: Any, hidden: int) -> Iterator[tuple[str, Run]]:
     from edge_runtime.devices import core
-    from edge_runtime.fused_mlp import standard_ops
+    from edge_runtime.models.passes.fused_mlp import standard_ops
 
     settings: dict[str, dict[str, Any]] = {
         "default": {},
@@ -223,8 +223,8 @@ def _compiled(make: Callable[[Any], Any], hidden: int, properties: dict[str, Any
     from openvino import opset13
 
     import ov_kernels
-    from edge_runtime.compiling import compile_model
     from edge_runtime.devices import core
+    from edge_runtime.models.compiling import compile_model
 
     ov_kernels.add_to(core(), required=True)
     x = opset13.parameter([-1, hidden], np.float32)

@@ -27,7 +27,7 @@ from edge_runtime.manifest import MODEL_NAME, MlpFacts, load_manifest
 
 if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM
-    from edge_runtime.paged_model import PagedModel
+    from edge_runtime.models.paged import PagedModel
 
 WINDOW = 256
 """Tokens of the text that are read together, from an empty context."""
@@ -149,8 +149,8 @@ def without_thresholds(folder: Path, output: Path) -> Path:
     import openvino as ov
     from openvino import opset13
 
-    from edge_runtime.fused_mlp import fused_mlps
-    from edge_runtime.paged_model import read_model
+    from edge_runtime.models.paged import read_model
+    from edge_runtime.models.passes.fused_mlp import fused_mlps
     from ov_kernels.mlp_blob import pack, unpack
 
     model, _ = read_model(folder)

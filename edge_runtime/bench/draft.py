@@ -22,12 +22,12 @@ from edge_runtime.bench.rows import acceptance, num_decoded, num_equal, rounded,
 from edge_runtime.bench.settings import DraftSettings
 from edge_runtime.bench.steps import REPEATS, Step, median_step, predicted_speedup, run_step, step_counts
 from edge_runtime.bench.variants import Variant, make_variants
-from edge_runtime.engine import check_prompt
+from edge_runtime.decoding.engine import check_prompt
+from edge_runtime.decoding.sampling import Sampler
 from edge_runtime.errors import ConfigError, ContextOverflowError
 from edge_runtime.manifest import load_manifest, weight_bytes
 from edge_runtime.metrics import Metrics, mbsu
-from edge_runtime.sampling import Sampler
-from edge_runtime.stream import GenerationResult
+from edge_runtime.text.stream import GenerationResult
 
 
 class DraftBench:

@@ -13,7 +13,7 @@ import numpy as np
 
 from edge_runtime.bench.statistics import median_interval, ratio_interval
 from edge_runtime.metrics import Metrics
-from edge_runtime.stream import GenerationResult
+from edge_runtime.text.stream import GenerationResult
 
 
 def acceptance(requests: list[Metrics]) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from collections.abc import Iterable
 from statistics import median
 from typing import NamedTuple
 
-from edge_runtime.drafters import Drafter
+from edge_runtime.decoding.drafters import Drafter
+from edge_runtime.decoding.sampling import Sampler
+from edge_runtime.decoding.speculative import NO_PROPOSAL, Proposal, verify
 from edge_runtime.metrics import Metrics
-from edge_runtime.model import CachedModel
-from edge_runtime.sampling import Sampler
-from edge_runtime.speculative import NO_PROPOSAL, Proposal, verify
+from edge_runtime.models.base import CachedModel
 
 REPEATS = 5
 """Steps of each length that count for each prompt. They follow one more of the same length, which pays for the

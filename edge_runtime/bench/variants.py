@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from edge_runtime.api import EdgeLLM
-from edge_runtime.drafters import Drafter, PromptLookup
-from edge_runtime.engine import Engine
-from edge_runtime.sampling import Categorical, Sampler
-from edge_runtime.speculative import Proposal
+from edge_runtime.decoding.drafters import Drafter, PromptLookup
+from edge_runtime.decoding.engine import Engine
+from edge_runtime.decoding.sampling import Categorical, Sampler
+from edge_runtime.decoding.speculative import Proposal
 
 
 class RandomDraft:

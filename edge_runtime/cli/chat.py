@@ -23,9 +23,9 @@ from edge_runtime.errors import ConfigError, ContextOverflowError, EdgeError, ne
 
 if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM
-    from edge_runtime.chat_template import Message
     from edge_runtime.model_defaults import Recommended
-    from edge_runtime.stream import GenerationResult
+    from edge_runtime.text.chat_template import Message
+    from edge_runtime.text.stream import GenerationResult
 
 BLOCK = '"""'
 """Begins and ends a message of several lines."""

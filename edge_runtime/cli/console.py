@@ -64,7 +64,7 @@ def note(text: str) -> None:
 def note_trial(folder: Path) -> None:
     """Suggest the command that suits a new model."""
     from edge_runtime.errors import EdgeError
-    from edge_runtime.tokenizer import Tokenizer
+    from edge_runtime.text.tokenizer import Tokenizer
 
     can_chat = False
     with contextlib.suppress(EdgeError):  # a folder without a tokenizer

@@ -47,7 +47,7 @@ def _devices() -> list[dict[str, Any]]:
 
 def _choices(device: str) -> dict[str, Any]:
     """Return what OpenVINO picks for a model on this device; nothing where the device refuses to say."""
-    from edge_runtime.compiling import compile_model
+    from edge_runtime.models.compiling import compile_model
 
     try:
         compiled = compile_model(_probe(), device, {"PERFORMANCE_HINT": "LATENCY"})
@@ -62,9 +62,9 @@ def _choices(device: str) -> dict[str, Any]:
 
 def _plans(device: str, default: str) -> dict[str, dict[str, Any]]:
     """Return how edge-run computes on the CPU by default, and why, for each kind of weights."""
-    from edge_runtime.compile_plan import make_plan
     from edge_runtime.config import LoadConfig
-    from edge_runtime.weights import FLOATS, KINDS, Weights
+    from edge_runtime.models.plan import make_plan
+    from edge_runtime.models.weights import FLOATS, KINDS, Weights
 
     plans = {}
     for kind in KINDS:

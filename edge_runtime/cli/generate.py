@@ -16,8 +16,8 @@ from edge_runtime.metrics import Metrics
 
 if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM
-    from edge_runtime.engine import Token
-    from edge_runtime.stream import GenerationResult
+    from edge_runtime.decoding.engine import Token
+    from edge_runtime.text.stream import GenerationResult
 
 
 @with_model_options()

@@ -10,8 +10,8 @@ import typer
 from edge_runtime.cli import console
 
 if TYPE_CHECKING:
-    from edge_runtime.attention import AttentionPattern, LayerPattern
     from edge_runtime.manifest import Manifest
+    from edge_runtime.models.attention import AttentionPattern, LayerPattern
 
 LONGEST_SHOWN = 131_072
 PICTURED_BLOCKS = 128
@@ -39,13 +39,13 @@ def inspect(
     ] = False,
 ) -> None:
     """Show a model's weights, layers and attention patterns, and the memory of keys and values by context length."""
-    from edge_runtime.attention import FULL, AttentionPattern
     from edge_runtime.bench.attention_plot import save_pattern_plot
     from edge_runtime.bench.plot import check_plot
     from edge_runtime.checksums import check_sizes
     from edge_runtime.demo import or_demo
     from edge_runtime.hub_cache import resolve
     from edge_runtime.manifest import load_manifest
+    from edge_runtime.models.attention import FULL, AttentionPattern
 
     folder = resolve(Path(or_demo(model, None)[0]))
     if plot:
@@ -155,8 +155,8 @@ def _report(folder: Path, manifest: Manifest, shape: dict[str, int], attention: 
 
 def _turn_ends(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
     """Return the tokens that end an answer; their text is None where the folder has no tokenizer.json."""
-    from edge_runtime.tokenizer import TOKENIZER_NAME, Tokenizer
-    from edge_runtime.turn_ends import answer_ends
+    from edge_runtime.text.tokenizer import TOKENIZER_NAME, Tokenizer
+    from edge_runtime.text.turn_ends import answer_ends
 
     if not (folder / TOKENIZER_NAME).is_file():
         return [{"id": token_id, "token": None} for token_id in manifest.eos_token_ids]

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Self
 
 import typer
 
-from edge_runtime.chat_config import ChatConfig
 from edge_runtime.cli.parsing import auto_or_number, biases, properties, template_options, unescaped
 from edge_runtime.config import GenerationConfig, LoadConfig
 from edge_runtime.demo import or_demo
 from edge_runtime.errors import ConfigError
+from edge_runtime.text.chat_config import ChatConfig
 
 COMMON, SAMPLING, DRAFTING, DEVICE, ADVANCED = "Options", "Sampling", "Drafting", "Device", "Advanced"
 """Headings of the help, in its order."""

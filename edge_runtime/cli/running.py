@@ -13,7 +13,7 @@ from edge_runtime.demo import is_demo
 if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM
     from edge_runtime.cli.options import ModelOptions
-    from edge_runtime.stream import GenerationResult, TextStream
+    from edge_runtime.text.stream import GenerationResult, TextStream
 
 T = TypeVar("T")
 

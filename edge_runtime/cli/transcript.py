@@ -15,7 +15,7 @@ from edge_runtime import strict_json
 from edge_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edge_runtime.chat_template import Message
+    from edge_runtime.text.chat_template import Message
 
 
 def path_of(name: str) -> Path:

@@ -49,14 +49,14 @@ from edge_export.staging import check_free_disk, staged
 from edge_export.tokenizer_files import check_tokenizer, save_tokenizer
 from edge_export.verify import Verification
 from edge_runtime import strict_json
-from edge_runtime.attention import AttentionPattern
 from edge_runtime.devices import core
 from edge_runtime.errors import ConfigError, EdgeError, ExportError
 from edge_runtime.manifest import MODEL_NAME, Manifest, load_manifest
+from edge_runtime.models.attention import AttentionPattern
+from edge_runtime.models.passes.paged_attention import first_line
 from edge_runtime.outputs import check_apart, check_output
-from edge_runtime.paged_graph import first_line
-from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.turn_ends import further_ends
+from edge_runtime.text.tokenizer import Tokenizer
+from edge_runtime.text.turn_ends import further_ends
 
 STAGES = ("read", "convert", "compress", "verify", "write")
 Progress = Callable[[str, int, int], None]

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_export.sources import Source
-from edge_runtime.compiling import compile_model
 from edge_runtime.devices import core
 from edge_runtime.errors import ExportError
-from edge_runtime.paged_graph import first_line
+from edge_runtime.models.compiling import compile_model
+from edge_runtime.models.passes.paged_attention import first_line
 
 if TYPE_CHECKING:
     import openvino as ov

@@ -21,7 +21,7 @@ from edge_export.tokenizer_ids import (
 )
 from edge_runtime.errors import ExportError
 from edge_runtime.manifest import read_json
-from edge_runtime.tokenizer import TOKENIZER_NAME, Tokenizer
+from edge_runtime.text.tokenizer import TOKENIZER_NAME, Tokenizer
 
 
 def convert(origin: Path, folder: Path) -> None:

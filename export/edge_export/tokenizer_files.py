@@ -31,10 +31,10 @@ from edge_export.tokenizer_ids import (
     texts_for,
     transformers_tokenizer,
 )
-from edge_runtime.chat_template import TEMPLATES_NAME
 from edge_runtime.errors import ConfigError, ExportError
 from edge_runtime.manifest import read_json
-from edge_runtime.tokenizer import TOKENIZER_NAME, Tokenizer
+from edge_runtime.text.chat_template import TEMPLATES_NAME
+from edge_runtime.text.tokenizer import TOKENIZER_NAME, Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_export.quiet import quiet
 from edge_runtime.errors import ExportError
-from edge_runtime.tokenizer import TOKENIZER_NAME, Tokenizer
+from edge_runtime.text.tokenizer import TOKENIZER_NAME, Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from edge_runtime.config import LoadConfig
 from edge_runtime.errors import ExportError
 from edge_runtime.manifest import Manifest
-from edge_runtime.paged_graph import attention_ops, to_paged_attention
-from edge_runtime.paged_model import PagedModel
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.models.paged import PagedModel
+from edge_runtime.models.passes.paged_attention import attention_ops, to_paged_attention
+from edge_runtime.text.tokenizer import Tokenizer
 
 PROMPTS = (
     "Once upon a time there was a little fox who lived at the edge of a quiet forest. Every morning the fox went to "

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from edge_runtime.attention import longgen, s2
 from edge_runtime.manifest import load_manifest
+from edge_runtime.models.attention import longgen, s2
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def test_plot_is_never_drawn_over_what_is_read(edge_run, hybrid):
 
 def test_labels_of_many_layers_are_few_enough_to_read(tmp_path):
     pytest.importorskip("matplotlib")
-    from edge_runtime.attention import FULL, AttentionPattern
     from edge_runtime.bench.attention_plot import save_pattern_plot
+    from edge_runtime.models.attention import FULL, AttentionPattern
 
     save_pattern_plot(AttentionPattern.of_layers([FULL] * 30), 4, 4, 3000, tmp_path / "seen.svg")
     text = (tmp_path / "seen.svg").read_text()

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import typer
 
-from edge_runtime.chat_config import ChatConfig
 from edge_runtime.cli.options import flag_of
 from edge_runtime.config import GenerationConfig, LoadConfig
+from edge_runtime.text.chat_config import ChatConfig
 
 # For each field: what is written after its flag (None for a switch), and the value that must arrive.
 GENERATION = {

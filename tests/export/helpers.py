@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from edge_export.quiet import quiet
 from edge_runtime.config import LoadConfig
 from edge_runtime.manifest import MODEL_NAME, load_manifest
-from edge_runtime.paged_model import PagedModel
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.models.paged import PagedModel
+from edge_runtime.text.tokenizer import Tokenizer
 from tests.tiny_models import SENTENCES
 
 

@@ -20,8 +20,8 @@ from edge_export.convert import export_model
 from edge_export.quiet import quiet
 from edge_runtime.devices import core
 from edge_runtime.errors import ExportError
-from edge_runtime.fused_mlp import OP_TYPE, fused_mlps, lower
 from edge_runtime.manifest import MODEL_NAME
+from edge_runtime.models.passes.fused_mlp import OP_TYPE, fused_mlps, lower
 from ov_kernels.mlp_blob import layout_of
 from tests.export.helpers import encode
 from tests.tiny_models import SENTENCES, make_hf_model

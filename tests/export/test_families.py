@@ -7,8 +7,8 @@ import openvino as ov
 import pytest
 
 from edge_export.convert import export_model
-from edge_runtime.attention_graph import OURS_FROM
 from edge_runtime.manifest import MODEL_NAME, load_manifest
+from edge_runtime.models.passes.block_sparse_attention import OURS_FROM
 from tests.export.helpers import encode, runtime_logits, torch_logits
 from tests.tiny_models import CHAT_TEMPLATE, FAMILIES, SENTENCES
 
@@ -28,7 +28,7 @@ def test_logits_equal_pytorch(tiny_hf, tiny_ir, monkeypatch, family):
     assert len(ids) > 2 * WINDOW
     wanted = torch_logits(tiny_hf(family), ids)
     for least in (OURS_FROM, 1):
-        monkeypatch.setattr("edge_runtime.attention_graph.OURS_FROM", least)
+        monkeypatch.setattr("edge_runtime.models.passes.block_sparse_attention.OURS_FROM", least)
         assert np.abs(runtime_logits(tiny_ir(family), ids) - wanted).max() < LOGITS_TOLERANCE
 
 
@@ -67,7 +67,7 @@ def test_folder_holds_the_model_and_nothing_else(tiny_ir):
 
 
 def test_chat_template_travels(tiny_ir):
-    from edge_runtime.tokenizer import Tokenizer
+    from edge_runtime.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(tiny_ir("llama"))
     assert (tiny_ir("llama") / "chat_template.jinja").read_text() == CHAT_TEMPLATE

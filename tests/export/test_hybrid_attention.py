@@ -9,7 +9,7 @@ import torch
 from edge_export.hybrid import torch_attention
 from edge_export.hybrid.torch_attention import patterned, use_pattern
 from edge_export.quiet import quiet
-from edge_runtime.attention import FULL, AttentionPattern, LayerPattern, longgen, s2
+from edge_runtime.models.attention import FULL, AttentionPattern, LayerPattern, longgen, s2
 
 BLOCK, TOKENS = 16, 200
 SAME = 1e-5

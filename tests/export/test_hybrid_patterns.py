@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from edge_export.hybrid.patterns import check_fits, of_config, parse_pattern
-from edge_runtime.attention import FULL, AttentionPattern, LayerPattern, longgen, s2
 from edge_runtime.errors import ConfigError
+from edge_runtime.models.attention import FULL, AttentionPattern, LayerPattern, longgen, s2
 
 
 @pytest.mark.parametrize(

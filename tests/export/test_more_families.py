@@ -3,8 +3,8 @@
 import pytest
 
 from edge_export.convert import export_model
-from edge_runtime.attention_graph import OURS_FROM
 from edge_runtime.errors import ContextOverflowError, ExportError
+from edge_runtime.models.passes.block_sparse_attention import OURS_FROM
 from tests import tiny_models
 from tests.export.helpers import encode, runtime_logits, torch_logits
 from tests.export.test_families import LOGITS_TOLERANCE, PROMPT, WINDOW
@@ -70,7 +70,7 @@ def test_family_equals_pytorch(tmp_path, monkeypatch, family):
     ids = encode(tmp_path / "ir", PROMPT)
     wanted = torch_logits(source, ids)
     for least in (OURS_FROM, 1):  # OpenVINO's attention, which small models get, and what large ones get
-        monkeypatch.setattr("edge_runtime.attention_graph.OURS_FROM", least)
+        monkeypatch.setattr("edge_runtime.models.passes.block_sparse_attention.OURS_FROM", least)
         assert abs(runtime_logits(tmp_path / "ir", ids) - wanted).max() < LOGITS_TOLERANCE
 
 

@@ -15,10 +15,10 @@ from edge_export.fastdraft.target import Target
 from edge_export.sources import Source
 from edge_export.tokenizer_files import SavedTokenizer, save_tokenizer
 from edge_export.tokenizer_ids import CHAT_TEXTS, PLAIN_TEXTS, library_tokenizer
-from edge_runtime.chat_config import ChatConfig
 from edge_runtime.errors import ExportError
 from edge_runtime.manifest import Manifest
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.text.chat_config import ChatConfig
+from edge_runtime.text.tokenizer import Tokenizer
 from tests.tiny_models import make_tokenizer
 
 TEXTS = (*PLAIN_TEXTS, *CHAT_TEXTS)

@@ -13,8 +13,8 @@ from edge_export import verify
 from edge_runtime.config import LoadConfig
 from edge_runtime.errors import ExportError
 from edge_runtime.manifest import MODEL_NAME, load_manifest
-from edge_runtime.paged_model import PagedModel
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.models.paged import PagedModel
+from edge_runtime.text.tokenizer import Tokenizer
 from tests.export.helpers import torch_logits
 
 

@@ -16,8 +16,8 @@ import pytest
 from numpy.typing import NDArray
 
 import ov_kernels
-from edge_runtime.attention import FULL, LayerPattern
-from edge_runtime.attention_graph import LayerShape, attention_op, parameter
+from edge_runtime.models.attention import FULL, LayerPattern
+from edge_runtime.models.passes.block_sparse_attention import LayerShape, attention_op, parameter
 
 pytestmark = pytest.mark.kernels
 

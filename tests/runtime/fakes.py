@@ -20,12 +20,12 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from edge_runtime.api import EdgeLLM
 from edge_runtime.config import GenerationConfig
-from edge_runtime.drafters import DraftModel
-from edge_runtime.engine import Engine, Token
+from edge_runtime.decoding.drafters import DraftModel
+from edge_runtime.decoding.engine import Engine, Token
 from edge_runtime.manifest import Manifest
 from edge_runtime.metrics import Metrics
-from edge_runtime.model import CachedModel, Rows
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.models.base import CachedModel, Rows
+from edge_runtime.text.tokenizer import Tokenizer
 
 SPREAD = 2.0
 """Standard deviation of the logits: distributions with a few likely tokens and a long tail."""

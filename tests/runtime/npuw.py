@@ -8,8 +8,8 @@ import numpy as np
 
 from edge_runtime.config import LoadConfig
 from edge_runtime.manifest import load_manifest
-from edge_runtime.paged_model import PagedModel
-from edge_runtime.static_model import StaticModel
+from edge_runtime.models.paged import PagedModel
+from edge_runtime.models.static import StaticModel
 
 KEYS_IN_F16 = 0.1
 """Logits spread over several units. Keys and values in f16 move them by up to 0.042 (80,000 rows; in PagedAttention by

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from edge_runtime.api import EdgeLLM
-from edge_runtime.chat_template import ROLES, ChatTemplate
 from edge_runtime.config import GenerationConfig, LoadConfig
 from edge_runtime.errors import ConfigError, ContextOverflowError, LogitsError, ModelFormatError
-from edge_runtime.stream import GenerationResult
+from edge_runtime.text.chat_template import ROLES, ChatTemplate
+from edge_runtime.text.stream import GenerationResult
 from tests.runtime.fakes import LETTERS, blended_table, make_engine, make_llm, random_table
 
 TARGET = random_table(24, 1)

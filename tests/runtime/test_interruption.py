@@ -23,13 +23,13 @@ import pytest
 
 import edge_runtime
 from edge_runtime.api import EdgeLLM
-from edge_runtime.attention import AttentionPattern, LayerPattern
-from edge_runtime.batch import write_batch
 from edge_runtime.config import GenerationConfig, LoadConfig
+from edge_runtime.decoding.batch import write_batch
 from edge_runtime.manifest import load_manifest
-from edge_runtime.model import CachedModel, CausalModel
-from edge_runtime.paged_model import PagedModel
-from edge_runtime.stream import TextStream
+from edge_runtime.models.attention import AttentionPattern, LayerPattern
+from edge_runtime.models.base import CachedModel, CausalModel
+from edge_runtime.models.paged import PagedModel
+from edge_runtime.text.stream import TextStream
 from tests.runtime import npuw
 from tests.runtime.fakes import blended_table, make_engine, make_llm, random_table
 from tests.tiny_models import SENTENCES

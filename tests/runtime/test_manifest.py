@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.attention import longgen
 from edge_runtime.errors import ModelFormatError
 from edge_runtime.manifest import FORMAT_VERSION, MANIFEST_NAME, MODEL_NAME, Manifest, load_manifest
+from edge_runtime.models.attention import longgen
 
 WHOLE = Manifest(
     architecture="llama",

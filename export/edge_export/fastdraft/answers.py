@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from edge_runtime.api import EdgeLLM
-    from edge_runtime.batch import BatchAnswer
+    from edge_runtime.decoding.batch import BatchAnswer
 
 TEMPERATURES = (0.6, 0.8, 1.0, 0.0)
 """Answers are spread evenly over these (FastDraft, section 3.3); 0 is greedy."""
@@ -199,7 +199,7 @@ class _Writer:
 
     def __init__(self, config: AnswerConfig, num_threads: int = 0) -> None:
         from edge_runtime.api import EdgeLLM
-        from edge_runtime.paged_model import PagedModel
+        from edge_runtime.models.paged import PagedModel
 
         self._config = config
         self._llm: EdgeLLM = EdgeLLM.load(config.model, device=config.device, num_threads=num_threads)
@@ -230,8 +230,8 @@ class _Writer:
         top: int = 0,
         stops: bool = True,
     ) -> list[BatchAnswer]:
-        from edge_runtime.batch import most_sequences, write_batch
         from edge_runtime.config import GenerationConfig
+        from edge_runtime.decoding.batch import most_sequences, write_batch
 
         model = self._model
         configs = [

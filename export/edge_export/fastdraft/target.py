@@ -10,7 +10,7 @@ from edge_export.tokenizer_files import copy_files
 from edge_export.tokenizer_ids import library_tokenizer
 from edge_runtime.errors import ConfigError, ModelFormatError, ModelPairError
 from edge_runtime.manifest import MODEL_NAME, Manifest, load_manifest, read_json
-from edge_runtime.tokenizer import TOKENIZER_NAME, Tokenizer
+from edge_runtime.text.tokenizer import TOKENIZER_NAME, Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers

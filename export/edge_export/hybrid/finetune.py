@@ -16,8 +16,8 @@ from edge_export.corpus import Windows
 from edge_export.hybrid.patterns import check_fits, check_words, of_config, parse_pattern, shape_of
 from edge_export.hybrid.torch_attention import use_pattern
 from edge_export.train import next_token_loss
-from edge_runtime.attention import AttentionPattern
 from edge_runtime.errors import ConfigError
+from edge_runtime.models.attention import AttentionPattern
 
 if TYPE_CHECKING:
     import torch

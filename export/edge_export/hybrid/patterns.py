@@ -16,8 +16,8 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from edge_runtime.attention import BLOCK_SIZE, FULL, AttentionPattern, LayerPattern, longgen, s2
 from edge_runtime.errors import ConfigError
+from edge_runtime.models.attention import BLOCK_SIZE, FULL, AttentionPattern, LayerPattern, longgen, s2
 
 CONFIG_ENTRY = "edge_attention"
 """Where a config.json of ours says it."""

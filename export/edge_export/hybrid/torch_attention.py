@@ -1,4 +1,4 @@
-"""The patterns of `edge_runtime.attention` as an attention of transformers, for training and for references.
+"""The patterns of `edge_runtime.models.attention` as an attention of transformers, for training and for references.
 
 Queries go in chunks; of each, only the keys that some head and query sees are read, with the mask written out. So
 memory is bounded for long windows, and sink + window costs what it should; shards that together see everything save
@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_export.hybrid.patterns import CONFIG_ENTRY
 from edge_runtime import strict_json
-from edge_runtime.attention import AttentionPattern, LayerPattern
+from edge_runtime.models.attention import AttentionPattern, LayerPattern
 
 if TYPE_CHECKING:
     import torch
