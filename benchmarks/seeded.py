@@ -103,8 +103,9 @@ class Runs:
 
 def equal_in_a_batch(folders: dict[str, Any], runs: Runs, options: dict[str, Any], count: int) -> str:
     """Return how many answers of a batch equal the plain ones; a model that has served a batch serves nothing else."""
-    from edge_runtime.config import GenerationConfig
     from edge_runtime.decoding.batch import write_batch
+
+    from edge_runtime.config import GenerationConfig
 
     names = ("max_new_tokens", "ignore_eos")
     config = {name: options[name] for name in names}

@@ -134,7 +134,7 @@ class Engine:
                 takes at once. Requests for which none are left are not stepped.
         """
         parts = self._parts(requests, prompt_tokens or self.target.chunk_size)
-        has_prompt = any([part.is_prompt for part in parts])
+        has_prompt = any(part.is_prompt for part in parts)
         self._propose(parts, has_prompt)
         began = time.perf_counter()
         outputs = self.target.forward([part.span for part in parts])

@@ -339,7 +339,7 @@ def test_answer_after_nan_keys_is_that_of_a_fresh_model(attention, precision):
     ids, options = list(range(300, 380)), {"max_new_tokens": 12, "ignore_eos": True}
     stream = llm.stream(ids, **options)
     next(stream)
-    for tensor in llm.engine.target.model.cache.tensors:
+    for tensor in llm.target.cache.tensors:
         tensor.data.view(np.uint8)[...] = 0xFF
     with pytest.raises(LogitsError, match="the model's largest logit is nan"):
         stream.finish()

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import pytest
+from edge_runtime.decoding.batch import write_batch
 
 import edge_runtime
 from edge_runtime.api import EdgeLLM
 from edge_runtime.config import GenerationConfig, LoadConfig
-from edge_runtime.decoding.batch import write_batch
 from edge_runtime.manifest import load_manifest
 from edge_runtime.models.attention import AttentionPattern, LayerPattern
 from edge_runtime.models.base import CachedModel, CausalModel

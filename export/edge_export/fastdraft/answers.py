@@ -34,9 +34,9 @@ from edge_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+    from edge_runtime.decoding.batch import BatchAnswer
 
     from edge_runtime.api import EdgeLLM
-    from edge_runtime.decoding.batch import BatchAnswer
 
 TEMPERATURES = (0.6, 0.8, 1.0, 0.0)
 """Answers are spread evenly over these (FastDraft, section 3.3); 0 is greedy."""
@@ -230,8 +230,9 @@ class _Writer:
         top: int = 0,
         stops: bool = True,
     ) -> list[BatchAnswer]:
-        from edge_runtime.config import GenerationConfig
         from edge_runtime.decoding.batch import most_sequences, write_batch
+
+        from edge_runtime.config import GenerationConfig
 
         model = self._model
         configs = [

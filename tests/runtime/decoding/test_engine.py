@@ -318,3 +318,27 @@ def test_draft_whose_vocabulary_is_forbidden_proposes_nothing():
     engine = make_engine(TARGET, DRAFTS["narrower"])
     options = {"logit_bias": dict.fromkeys(range(V - 3), float("-inf")), "temperature": 1.0, "seed": 2}
     assert run(engine, PROMPT, num_draft_tokens=4, **options) == plain(**options)
+
+
+class NoRepeats:
+    """A processor of a test: forbids tokens that came twice."""
+
+    def process(self, logits, counts) -> None:
+        ids, times = counts.generated(len(logits))
+        logits[ids[times > 1]] = -np.inf
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 1, 4])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
+def test_a_processor_of_ones_own_is_obeyed_by_target_and_draft_alike(num_draft_tokens, options):
+    made = {}
+    for length in (0, num_draft_tokens):
+        engine = make_engine(TARGET, DRAFTS["half right"])
+        config = GenerationConfig(max_new_tokens=30, num_draft_tokens=length, **options)
+        request, reader = start(engine, PROMPT, config)
+        request.sampler.processors.append(NoRepeats())
+        while request.finish_reason is None:
+            engine.step([request])
+        made[length] = [token.token_id for token in reader]
+    assert made[0] == made[num_draft_tokens]
+    assert max(made[0].count(token_id) for token_id in made[0]) == 2

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from edge_runtime.decoding.batch import write_batch
 
 from edge_runtime.api import EdgeLLM
 from edge_runtime.config import GenerationConfig, LoadConfig
-from edge_runtime.decoding.batch import write_batch
 from edge_runtime.errors import ConfigError, ModelFormatError
 from edge_runtime.manifest import load_manifest
 from edge_runtime.models.attention import FULL, AttentionPattern, LayerPattern, longgen, s2
