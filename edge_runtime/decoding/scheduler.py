@@ -87,16 +87,20 @@ class Scheduler:
             return False
         if not threading.main_thread().is_alive():  # the process waits for this thread
             self._cancel_what_nobody_reads()
-        for request in self._live:
-            if request.is_cancelled:
-                self.engine.finish(request, "cancelled")
+        self._live = self._without_ended(self._live)
         if self._arriving or self._waiting:
             self._admit()
-        self._live = [request for request in self._live if request.finish_reason is None]
         active = [request for request in self._live if request.reader.wants_more]
         if active:
             self._step_together(active)
         return bool(active)
+
+    def _without_ended(self, requests: list[Request]) -> list[Request]:
+        """Return the requests that go on; those that were cancelled end here."""
+        for request in requests:
+            if request.is_cancelled and request.finish_reason is None:
+                self.engine.finish(request, "cancelled")
+        return [request for request in requests if request.finish_reason is None]
 
     def _cancel_what_nobody_reads(self) -> None:
         for request in (*self._live, *self._waiting, *self._arriving):
@@ -122,11 +126,7 @@ class Scheduler:
         """Let those who wait take part, the first come first, as far as there is room."""
         while self._arriving:
             self._waiting.append(self._arriving.popleft())
-        for request in self._waiting:
-            if request.is_cancelled:
-                self.engine.finish(request, "cancelled")
-        waiting = [request for request in self._waiting if request.finish_reason is None]
-        self._waiting = []
+        waiting, self._waiting = self._without_ended(self._waiting), []
         for number, request in enumerate(waiting):
             if not request.reader.wants_more or self._is_being_read(request):
                 self._waiting.append(request)
