@@ -1,16 +1,17 @@
-"""One compiled language model behind two verbs: `forward` tokens to logits, `rollback` to forget some.
+"""What a compiled model is to the rest of the runtime: sequences, and one forward over spans of several of them.
 
-`CausalModel` is what a device implementation provides (`paged.py`). `CachedModel` adds what all of them need: the
-ids of the tokens whose keys and values are held, so that a new prompt that starts like the last one (the next turn of a
-chat) is not computed again, and a stopped or cancelled request leaves nothing to repair. Nor does an interrupted one:
-how many tokens are held is known by the model alone, and ids are noted before they are computed, so that those of the
-tokens held are right at every moment at which an exception may come.
+A model holds no conversation. A `Sequence` is a value: its tokens, and its share of the model's keys and values. One
+`forward` appends a span of tokens to each of several sequences and reads the weights once for all of them. What a
+closed sequence held is kept while there is room (`kv/store.py`), so a new one that begins with the same tokens, such as
+the next turn of a chat, is not computed again.
+
+A model and its sequences are used by one thread at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,105 +19,145 @@ from numpy.typing import NDArray
 Rows = NDArray[np.float32]
 
 
-class CausalModel(Protocol):
-    """A decoder with a KV cache of one sequence.
+class Sequence(Protocol):
+    """Tokens whose keys and values a model holds."""
 
-    Attributes:
-        vocab_size: V, the width of the logits.
-        context_length: Most tokens that fit.
-    """
-
-    vocab_size: int
-    context_length: int
+    @property
+    def token_ids(self) -> list[int]:
+        """Ids of the tokens held; not to be changed."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens whose keys and values are held; true even where a call was interrupted."""
-
-    def forward(self, token_ids: list[int], num_rows: int) -> Rows:
-        """Append T tokens and return the logits of the last `num_rows`, (num_rows, V): valid until the next call."""
+        """Tokens whose keys and values are held."""
 
     def rollback(self, num_tokens: int) -> int:
         """Keep the first `num_tokens` tokens and forget the rest; return how many are kept.
 
-        Returns num_tokens, or 0 if a windowed layer has already freed keys that position needs.
+        Returns num_tokens, or 0 where a windowed layer no longer has the keys that this position needs.
         """
 
     def reserve(self, num_tokens: int) -> None:
-        """Announce that up to `num_tokens` tokens may come, so that memory is found before the work starts."""
+        """Announce that up to `num_tokens` tokens may be held, so that memory is found before the work starts."""
+
+    def close(self) -> None:
+        """Hold nothing any more; the model may keep the keys and values for a later sequence."""
+
+
+class Span(NamedTuple):
+    """Tokens that one forward appends to one sequence.
+
+    Attributes:
+        sequence: Which; no sequence has two spans in a forward.
+        token_ids: At least one.
+        num_rows: For how many of them, the last ones, logits are wanted; at least one.
+    """
+
+    sequence: Sequence
+    token_ids: list[int]
+    num_rows: int = 1
+
+
+class Output(NamedTuple):
+    """What a forward says of one span, valid until the next forward.
+
+    Attributes:
+        logits: (num_rows, V).
+        hidden: (num_rows, E) of what the last matrix product is given, then of the layers that the manifest names; None
+            unless the model was loaded for it.
+    """
+
+    logits: Rows
+    hidden: Rows | None = None
+
+
+class CausalModel(Protocol):
+    """A compiled decoder.
+
+    Attributes:
+        vocab_size: V, the width of the logits.
+        context_length: Most tokens of a sequence.
+        device: OpenVINO device that it runs on.
+        max_sequences: Most spans of a forward. Where it is 1, a new sequence takes the place of the one before.
+        chunk_size: Most tokens of a span that is part of a prompt.
+    """
+
+    vocab_size: int
+    context_length: int
+    device: str
+    max_sequences: int
+    chunk_size: int
+
+    def sequence(self, token_ids: list[int] | None = None) -> Sequence:
+        """Return a new sequence.
+
+        Args:
+            token_ids: What it is going to hold. Of these it holds already as many leading tokens as the model still has
+                the keys and values of, the last token always left out, so that a forward has something to compute.
+        """
+
+    def forward(self, spans: list[Span]) -> list[Output]:
+        """Append tokens to sequences; return an output for each span.
+
+        Where it raises, the sequences hold what they held before.
+
+        Raises:
+            ContextOverflowError: The context does not hold them.
+        """
 
     @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
 
+    @property
+    def token_kv_bytes(self) -> int:
+        """Bytes that one more token takes in a sequence whose every layer sees everything."""
 
-class CachedModel:
-    """A model together with the ids of the tokens it holds.
+    def report(self) -> dict[str, Any]:
+        """Return how the model really runs: arithmetic and why, keys and values, threads, added properties."""
+
+
+def advance(model: CausalModel, sequence: Sequence, token_ids: list[int], num_rows: int = 1) -> Rows:
+    """Append tokens to one sequence; return the logits of the last `num_rows`, valid until the next forward."""
+    return model.forward([Span(sequence, token_ids, num_rows)])[0].logits
+
+
+def num_common(ids: list[int], others: list[int], start: int = 0) -> int:
+    """Return how many leading tokens two lists share, of which the first `start` are known to be equal."""
+    end = min(len(ids), len(others))
+    if ids[start:end] == others[start:end]:
+        return end
+    while end - start > 1:  # equal up to `start`, different before `end`
+        middle = (start + end) // 2
+        if ids[start:middle] == others[start:middle]:
+            start = middle
+        else:
+            end = middle
+    return start
+
+
+def catch_up(
+    model: CausalModel,
+    sequence: Sequence,
+    token_ids: list[int],
+    start: int = 0,
+    on_chunk: Callable[[int, int], None] | None = None,
+) -> Rows:
+    """Let a sequence hold exactly `token_ids`, computing only what is missing, in chunks.
 
     Args:
-        model: The device implementation.
-        chunk_size: Most tokens given to one forward.
+        model: The sequence's.
+        sequence: To be continued, or rolled back first.
+        token_ids: The tokens to hold, at least one.
+        start: Leading tokens known to be held already.
+        on_chunk: Called before each chunk with the tokens held and the tokens wanted; may raise to cancel.
+
+    Returns:
+        (1, V) logits after the last token, valid until the next forward.
     """
-
-    def __init__(self, model: CausalModel, chunk_size: int) -> None:
-        self.model = model
-        self._chunk_size = chunk_size
-        self._ids: list[int] = []  # of the tokens held, and after them perhaps some that no longer are
-
-    @property
-    def token_ids(self) -> list[int]:
-        """Ids of the tokens held."""
-        return self._ids[: self.model.num_tokens]
-
-    def forward(self, token_ids: list[int], num_rows: int = 1) -> Rows:
-        """Append tokens; return the last `num_rows` rows of logits, (num_rows, V), valid until the next call."""
-        self._ids[self.model.num_tokens :] = token_ids
-        return self.model.forward(token_ids, num_rows)
-
-    def warm_up(self) -> None:
-        """Run one token: plugins pack weights in the first run, which nobody should wait for in an answer."""
-        self.rollback(0)
-        self.forward([0])
-        self.rollback(0)
-
-    def rollback(self, num_tokens: int) -> None:
-        """Keep the first `num_tokens` tokens, or none where the model has not kept what they see; forget the rest."""
-        if num_tokens < self.model.num_tokens:
-            self.model.rollback(num_tokens)
-
-    def shared(self, token_ids: list[int], start: int = 0) -> int:
-        """Return how many leading tokens of `token_ids` are held already.
-
-        Args:
-            token_ids: The sequence that is to be continued; at least its last token is left to be fed.
-            start: Tokens known to be equal.
-        """
-        limit = min(self.model.num_tokens, len(self._ids), len(token_ids) - 1)
-        same = min(start, limit)
-        while same < limit and self._ids[same] == token_ids[same]:
-            same += 1
-        return same
-
-    def align(self, token_ids: list[int], start: int = 0) -> int:
-        """Forget all that does not start `token_ids`; return how many tokens are held after that."""
-        self.rollback(self.shared(token_ids, start))
-        return self.model.num_tokens
-
-    def catch_up(
-        self, token_ids: list[int], start: int = 0, on_chunk: Callable[[int, int], None] | None = None
-    ) -> Rows:
-        """Hold exactly `token_ids`, computing only what is missing, in chunks.
-
-        Args:
-            token_ids: The sequence to hold, at least one token.
-            start: Leading tokens known to be held already.
-            on_chunk: Called before each chunk with the tokens held and the tokens wanted; may raise to cancel.
-
-        Returns:
-            (1, V) logits after the last token, valid until the next call.
-        """
-        for begin in range(self.align(token_ids, start), len(token_ids), self._chunk_size):
-            if on_chunk:
-                on_chunk(begin, len(token_ids))
-            rows = self.forward(token_ids[begin : begin + self._chunk_size])
-        return rows
+    same = num_common(sequence.token_ids, token_ids, min(start, sequence.num_tokens))
+    sequence.rollback(min(same, len(token_ids) - 1))
+    for begin in range(sequence.num_tokens, len(token_ids), model.chunk_size):
+        if on_chunk:
+            on_chunk(begin, len(token_ids))
+        rows = advance(model, sequence, token_ids[begin : begin + model.chunk_size])
+    return rows
