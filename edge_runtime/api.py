@@ -29,13 +29,11 @@ from edge_runtime.config import GenerationConfig, LoadConfig
 from edge_runtime.decoding.drafters import DraftModel
 from edge_runtime.decoding.engine import Engine, check_prompt
 from edge_runtime.demo import or_demo
-from edge_runtime.devices import check_device
 from edge_runtime.errors import ConfigError, ModelFormatError
 from edge_runtime.forks import HomeProcess
 from edge_runtime.hub_cache import resolve
 from edge_runtime.manifest import Manifest, load_manifest
 from edge_runtime.model_defaults import Recommended, read_recommended
-from edge_runtime.models.base import CachedModel
 from edge_runtime.text.chat_config import ChatConfig
 from edge_runtime.text.stream import GenerationResult, TextStream
 from edge_runtime.text.turns import Turns
@@ -98,6 +96,8 @@ class EdgeLLM:
             DeviceError: A device is absent or refuses the model.
             ExtensionError: A model has fused MLPs, and the compiled library of ov_kernels is not installed.
         """
+        from edge_runtime.models.loading import load_model
+
         started = time.perf_counter()
         config = LoadConfig.from_options(device=device, **options)
         _check_path("model", model)
@@ -114,10 +114,10 @@ class EdgeLLM:
         with checked(files):
             # No longer than a small model's compilation. Where loading fails, a daemon would abort the process.
             tokenizer = Background(lambda: _load_tokenizer(folder, draft), daemon=False)
-            target = _load_model(folder, manifest, config.for_target(has_draft=draft is not None))
+            target = load_model(folder, manifest, config.for_target(has_draft=draft is not None))
             drafter = None
             if draft is not None and draft_manifest is not None:
-                drafting = _load_model(draft, draft_manifest, config.for_draft())
+                drafting = load_model(draft, draft_manifest, config.for_draft())
                 drafting.warm_up()  # its first run comes in the middle of an answer
                 drafter = DraftModel(drafting, target.model.vocab_size)
             read = tokenizer.result()
@@ -252,20 +252,6 @@ def _load_tokenizer(folder: Path, draft: Path | None) -> Tokenizer:
     if draft is not None:
         tokenizer.check_same_vocabulary(Tokenizer(draft))
     return tokenizer
-
-
-def _load_model(folder: Path, manifest: Manifest, config: LoadConfig) -> CachedModel:
-    device = check_device(config.device)
-    lengths = [length for length in (manifest.context_length, config.context_length) if length]
-    manifest = dataclasses.replace(manifest, context_length=min(lengths, default=None))
-    if device.startswith("NPU"):
-        from edge_runtime.models.static import StaticModel
-
-        static = StaticModel(folder, manifest, device, config)
-        return CachedModel(static, static.chunk_size)
-    from edge_runtime.models.paged import PagedModel
-
-    return CachedModel(PagedModel(folder, manifest, device, config), config.prefill_chunk_size)
 
 
 def _check_wants_no_draft(config: LoadConfig) -> None:

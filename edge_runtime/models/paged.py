@@ -12,37 +12,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-import ov_kernels
-from edge_runtime.config import LoadConfig
-from edge_runtime.devices import core
-from edge_runtime.errors import ContextOverflowError, DeviceError, ModelFormatError
-from edge_runtime.manifest import MODEL_NAME, Manifest
+from edge_runtime.errors import ContextOverflowError
 from edge_runtime.models.base import Rows
-from edge_runtime.models.compiling import compile_model
 from edge_runtime.models.kv.block_sparse import BlockCache
-from edge_runtime.models.kv.stock import STOCK_CACHES, KvCache, StockCache
-from edge_runtime.models.passes.block_sparse_attention import kv_type, layer_heads, use_block_sparse_attention
-from edge_runtime.models.passes.paged_attention import LOGITS_ROWS, first_line, to_paged_attention
-from edge_runtime.models.plan import make_plan
-from edge_runtime.models.weights import weights_of
+from edge_runtime.models.kv.stock import KvCache, StockCache
+from edge_runtime.models.passes.block_sparse_attention import BlockAttention
+from edge_runtime.models.passes.wanted_rows import LOGITS_ROWS
+from edge_runtime.models.plan import CompilePlan
 
-UNKNOWN_CONTEXT_LENGTH = 1 << 20
-"""Used where a folder does not say how long its context is."""
 _REPORTED = (
     "INFERENCE_PRECISION_HINT",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE",
     "KV_CACHE_PRECISION",
     "INFERENCE_NUM_THREADS",
 )
-_ASKED = ("precision", "kv_precision", "activation_group_size", "num_threads", "mlp", "attention", "properties")
-"""Options that may be why a model does not compile."""
 GROWTH = 1.5
 """Caches grow by this factor, so that copying them costs a constant share of the work."""
 
@@ -51,35 +40,23 @@ class PagedModel:
     """One compiled decoder with a paged KV cache of one sequence; implements `model.CausalModel`.
 
     Args:
-        folder: A model folder.
-        manifest: Its facts.
-        device: OpenVINO device, checked already.
-        config: How to compile.
-
-    Raises:
-        ModelFormatError: The model's files are damaged or not a decoder.
-        DeviceError: The device cannot compile it with these options.
+        compiled: A model that `loading.load_model` has compiled.
+        plan: How.
+        attention: What its layers see where the attention op is ours; None for OpenVINO's.
+        mlp: What runs its fused MLPs and why; None where it has none.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, device: str, config: LoadConfig) -> None:
-        model, weight_bytes = read_model(folder)
-        to_paged_attention(model)
-        self.layer_heads = layer_heads(model)
-        attention = use_block_sparse_attention(model, manifest.attention, device, config, weight_bytes)
-        self._plan = make_plan(device, config, weights_of(model, weight_bytes))
-        self._mlp = choose_mlps(model, manifest, device, config, self._plan.properties)
-        self._compiled = _compile(model, device, config, self._plan.properties)
-        self._kv_type, self._added = kv_type(config) if attention else None, config.properties
-        del model
-        self.device = device
-        self.vocab_size = int(self._compiled.output("logits").get_partial_shape()[2].get_length())
-        self.context_length = manifest.context_length or UNKNOWN_CONTEXT_LENGTH
-        self._request = self._compiled.create_infer_request()
+    def __init__(
+        self, compiled: ov.CompiledModel, plan: CompilePlan, attention: BlockAttention | None, mlp: str | None
+    ) -> None:
+        self._compiled, self._plan, self._attention, self._mlp = compiled, plan, attention, mlp
+        self.device, self.context_length = plan.device, plan.context_length
+        self.vocab_size = int(compiled.output("logits").get_partial_shape()[2].get_length())
+        self._request = compiled.create_infer_request()
         # On one thread the plugin runs in the caller's own; a hand-over to its thread would only add its wake-up time.
-        self._is_inline = device == "CPU" and self._plan.num_threads == 1
-        names = {name for port in self._compiled.inputs for name in port.get_names()}
+        self._is_inline = plan.device == "CPU" and plan.num_threads == 1
+        names = {name for port in compiled.inputs for name in port.get_names()}
         self._has_positions = "position_ids" in names
-        self._attention = attention
         self._alive: dict[str, NDArray[Any]] = {}
         self._buffers: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._is_computing = self._is_whole = False
@@ -183,8 +160,8 @@ class PagedModel:
         shown = {name.lower(): v.to_string() if isinstance(v, ov.Type) else v for name, v in values.items()}
         if not self._plan.rounds_activations:
             shown.pop("dynamic_quantization_group_size", None)
-        ours = {"attention": "block_sparse", "kv_cache_precision": self._kv_type} if self._kv_type else {}
-        added = {"properties": self._added} if self._added else {}
+        ours = {"attention": "block_sparse", "kv_cache_precision": self._plan.kv_type} if self._attention else {}
+        added = {"properties": self._plan.added_properties} if self._plan.added_properties else {}
         return shown | {"reason": self._plan.reason} | ours | ({"mlp": self._mlp} if self._mlp else {}) | added
 
     def _settle(self) -> None:
@@ -247,89 +224,3 @@ class PagedModel:
                 f"{num_tokens} tokens do not fit the model's context of {self.context_length}",
                 "shorten the prompt, or use a model with a longer context",
             )
-
-
-OUR_OPSET = b'version="edge"'
-"""How an IR marks an op of ov_kernels."""
-
-
-def read_model(folder: Path) -> tuple[ov.Model, int]:
-    """Read the IR of a model folder and return it with the bytes of its weights.
-
-    Raises:
-        ModelFormatError: The files are missing, truncated or corrupt.
-        ExtensionError: The model uses ops of ours, and the library that has them is absent, or older than they are.
-    """
-    path = folder / MODEL_NAME
-    weights = path.with_suffix(".bin")
-    if not weights.is_file():
-        raise ModelFormatError(f"`{weights}` is missing", "copy or export the model again")
-    try:
-        if OUR_OPSET in path.read_bytes():
-            ov_kernels.add_for(path, core())
-        return core().read_model(path), weights.stat().st_size
-    except RuntimeError as error:
-        raise ov_kernels.explain_read_error(error) or ModelFormatError(
-            f"`{path}` cannot be read: {first_line(error)}", "copy or export the model again"
-        ) from error
-
-
-def choose_mlps(
-    model: ov.Model, manifest: Manifest, device: str, config: LoadConfig, properties: dict[str, Any]
-) -> str | None:
-    """Bring fused MLPs into the form that is to run; return what it is, None where there are none."""
-    if not any(node.get_type_name() == "CatsMlp" for node in model.get_ops()):
-        return None
-    from edge_runtime.models.passes import fused_mlp
-
-    sparsity = manifest.mlp.activation_sparsity if manifest.mlp else None
-    return fused_mlp.choose_mlps(model, device, config, properties, sparsity or 0.0)
-
-
-def _compile(model: ov.Model, device: str, config: LoadConfig, properties: dict[str, Any]) -> ov.CompiledModel:
-    try:
-        compiled = compile_model(model, device, properties)
-    except RuntimeError as error:
-        check_added_properties(error, device, config)
-        asked = [f"{name}={value}" for name, value in _asked(config).items()]
-        raise DeviceError(
-            f"{device} cannot run the model{' with ' * bool(asked)}{', '.join(asked)}: {first_line(error)}",
-            "leave these options out" if asked else "export or pull the model again, or run it on another device",
-        ) from error
-    _check_precisions(compiled, device, config)
-    return compiled
-
-
-def _asked(config: LoadConfig) -> dict[str, Any]:
-    """Return the options that may keep a model from compiling and are not at their defaults."""
-    default = LoadConfig()
-    values = {name: getattr(config, name) for name in _ASKED}
-    return {name: value for name, value in values.items() if value != getattr(default, name)}
-
-
-def check_added_properties(error: RuntimeError, device: str, config: LoadConfig) -> None:
-    """Raise DeviceError where OpenVINO failed over a property that the user added."""
-    only = next(iter(config.properties)) if len(config.properties) == len(_asked(config)) == 1 else None
-    named = next((name for name in config.properties if name in str(error)), only)
-    if named is not None:
-        raise DeviceError(
-            f"{device} refuses property {named}={config.properties[named]}: {first_line(error)}",
-            "correct its name or value, or leave it out",
-        ) from error
-
-
-def _check_precisions(compiled: ov.CompiledModel, device: str, config: LoadConfig) -> None:
-    """Refuse to run in other precisions than those asked for, which the plugin does without a word."""
-    runs = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-    if config.precision not in ("auto", runs):
-        raise DeviceError(
-            f"{device} cannot compute in {config.precision}: it would use {runs}", f"use `{runs}` or `auto`"
-        )
-    stock = next((port for port in compiled.inputs if port.get_any_name() == f"{STOCK_CACHES[0]}0"), None)
-    keeps = stock.get_element_type().to_string() if stock else config.kv_precision
-    if device == "CPU" and config.kv_precision not in ("auto", keeps):
-        raise DeviceError(
-            f"{device} cannot keep keys and values in {config.kv_precision} while it computes in {runs}: "
-            f"it would use {keeps}",
-            f"use `{keeps}` or `auto`",
-        )

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from edge_runtime.config import LoadConfig
 from edge_runtime.errors import ExportError
 from edge_runtime.manifest import Manifest
+from edge_runtime.models.loading import load_model
 from edge_runtime.models.paged import PagedModel
 from edge_runtime.models.passes.paged_attention import attention_ops, to_paged_attention
 from edge_runtime.text.tokenizer import Tokenizer
@@ -161,7 +162,8 @@ def _is_zero(node: ov.Node) -> bool:
 
 
 def _run(folder: Path, manifest: Manifest, token_ids: NDArray[np.int64], precision: str) -> NDArray[np.float32]:
-    model = PagedModel(folder, manifest, "CPU", LoadConfig(precision=precision, mlp="fused"))
+    model = load_model(folder, manifest, LoadConfig(precision=precision, mlp="fused"))
+    assert isinstance(model, PagedModel), "the CPU has no other"
     return np.stack([_logits(model, row.tolist()) for row in token_ids])
 
 
