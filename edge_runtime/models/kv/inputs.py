@@ -46,15 +46,13 @@ class BlockInputs:
         if len(spans) != self._count:
             self._past_lens = self._set("past_lens", np.zeros(len(spans), np.int32))
             self._bind(len(spans), max(1, self._width))
-        row = 0
-        for sequence, _, _ in spans:
+        for row, (sequence, _, _) in enumerate(spans):
             self._past_lens[row] = len(sequence.token_ids)
             versions = self._versions[row]
             for table in sequence.tables:
                 if table.version not in versions:
                     self._write_tables(row, sequence.tables)
                     break
-            row += 1
 
     def _write_tables(self, row: int, tables: Sequence[BlockTable]) -> None:
         widest = max(table.table.shape[1] for table in tables)

@@ -51,7 +51,7 @@ class BlockTable:
     @property
     def num_promised(self) -> int:
         """Blocks of a head that were announced and are not yet held, or not yet as its own."""
-        return max(0, self._promised - self._end) + (self._until == 0)
+        return max(0, self._promised - self._end) + (self._until == 0 < self._end)
 
     def reserve(self, num_tokens: int) -> None:
         """Announce that up to so many tokens may be held."""
@@ -154,7 +154,8 @@ class BlockTable:
         if first >= self._end:
             return _NOTHING
         part = self._part(first)
-        return np.argwhere((part >= 0) & (self.pool.refs[part] > 1)) + (0, first)
+        places: NDArray[np.intp] = np.argwhere((part >= 0) & (self.pool.refs[part] > 1))
+        return places + np.array((0, first))
 
     def _copy(self, heads: NDArray[np.intp], places: NDArray[np.intp]) -> None:
         """Have blocks of its own in the place of shared ones."""
