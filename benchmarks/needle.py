@@ -155,12 +155,12 @@ def found_in_runtime(folder: Path, ids: Ints) -> Ints:
     from edge_export.convert import export_model
     from edge_runtime.config import LoadConfig
     from edge_runtime.manifest import load_manifest
-    from edge_runtime.models.paged import PagedModel
+    from edge_runtime.models.loading import load_model
 
     exported = folder.with_name(folder.name + "-int8")
     if not exported.is_dir():
         export_model(folder, exported, weights="int8")
-    model = PagedModel(exported, load_manifest(exported), "CPU", LoadConfig(attention="block_sparse"))
+    model = load_model(exported, load_manifest(exported), LoadConfig(attention="block_sparse"))
     made = []
     for row in ids.tolist():
         model.rollback(0)

@@ -29,7 +29,7 @@ from edge_export.verify import compare
 from edge_runtime import EdgeLLM
 from edge_runtime.light_openvino import ov
 from edge_runtime.models.compiling import compile_model
-from edge_runtime.models.paged import read_model
+from edge_runtime.models.loading import read_model
 
 WINDOW, ANSWER = 128, 48
 QUESTIONS = (

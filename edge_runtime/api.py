@@ -32,7 +32,6 @@ from edge_runtime.decoding.engine import Engine
 from edge_runtime.decoding.request import Request, check_prompt
 from edge_runtime.decoding.scheduler import Scheduler
 from edge_runtime.demo import or_demo
-from edge_runtime.devices import check_device
 from edge_runtime.errors import ConfigError, ModelFormatError
 from edge_runtime.forks import HomeProcess
 from edge_runtime.hub_cache import resolve
@@ -114,6 +113,8 @@ class EdgeLLM:
             DeviceError: A device is absent or refuses the model.
             ExtensionError: A model has fused MLPs, and the compiled library of ov_kernels is not installed.
         """
+        from edge_runtime.models.loading import load_model
+
         started = time.perf_counter()
         config = LoadConfig.from_options(device=device, **options)
         _check_path("model", model)
@@ -130,10 +131,10 @@ class EdgeLLM:
         with checked(files):
             # No longer than a small model's compilation. Where loading fails, a daemon would abort the process.
             tokenizer = Background(lambda: _load_tokenizer(folder, draft), daemon=False)
-            target = _load_model(folder, manifest, config.for_target(has_draft=draft is not None))
+            target = load_model(folder, manifest, config.for_target(has_draft=draft is not None))
             drafter = None
             if draft is not None and draft_manifest is not None:
-                drafting = _load_model(draft, draft_manifest, config.for_draft())
+                drafting = load_model(draft, draft_manifest, config.for_draft())
                 _warm_up(drafting)  # its first run comes in the middle of an answer
                 drafter = DraftModel(drafting, target.vocab_size)
             read = tokenizer.result()
@@ -348,19 +349,6 @@ def _load_tokenizer(folder: Path, draft: Path | None) -> Tokenizer:
     if draft is not None:
         tokenizer.check_same_vocabulary(Tokenizer(draft))
     return tokenizer
-
-
-def _load_model(folder: Path, manifest: Manifest, config: LoadConfig) -> CausalModel:
-    device = check_device(config.device)
-    lengths = [length for length in (manifest.context_length, config.context_length) if length]
-    manifest = dataclasses.replace(manifest, context_length=min(lengths, default=None))
-    if device.startswith("NPU"):
-        from edge_runtime.models.static import StaticModel
-
-        return StaticModel(folder, manifest, device, config)
-    from edge_runtime.models.paged import PagedModel
-
-    return PagedModel(folder, manifest, device, config)
 
 
 def _warm_up(model: CausalModel) -> None:

@@ -96,6 +96,9 @@ class LoadConfig(KeywordOptions):
             with a pattern, and for others where it is faster: all but small ones.
         cache_dir: Where compiled models are kept between runs; None for nowhere. On CPU they load no faster with it:
             SmolLM2-135M int8 took 2.6 s with and 2.3 s without.
+        prefix_cache_bytes: Most bytes of keys and values of earlier requests that each model keeps for later ones that
+            begin alike; 0 keeps none.
+        prefix_cache_dir: Folder where keys and values of prompts are kept between runs; None for nowhere.
         properties: OpenVINO's own properties of the target by name, such as `{"ENABLE_CPU_PINNING": False}`. They win
             over ours; those that another option sets, or that right answers rest on, are refused.
         draft_properties: OpenVINO properties of the draft. None takes `properties` where both run on one device.
@@ -113,6 +116,8 @@ class LoadConfig(KeywordOptions):
     mlp: str = "auto"
     attention: str = "auto"
     cache_dir: str | os.PathLike[str] | None = None
+    prefix_cache_bytes: int = 1 << 30
+    prefix_cache_dir: str | os.PathLike[str] | None = None
     properties: dict[str, Any] = field(default_factory=dict)
     draft_properties: dict[str, Any] | None = None
 
@@ -134,8 +139,10 @@ class LoadConfig(KeywordOptions):
             _integer("npu_step_tokens", self.npu_step_tokens, 1, 128)
             if self.npu_step_tokens > 1 and self.npu_step_tokens % 8:
                 raise ConfigError(f"npu_step_tokens is {self.npu_step_tokens}, expected 1 or a multiple of 8")
-        if self.cache_dir is not None:
-            _path("cache_dir", self.cache_dir)
+        _integer("prefix_cache_bytes", self.prefix_cache_bytes, 0)
+        for name in ("cache_dir", "prefix_cache_dir"):
+            if getattr(self, name) is not None:
+                _path(name, getattr(self, name))
         check_properties("properties", self.properties)
         if self.draft_properties is not None:
             check_properties("draft_properties", self.draft_properties)

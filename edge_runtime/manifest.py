@@ -23,7 +23,7 @@ MANIFEST_NAME = "edge_model.json"
 MODEL_NAME = "openvino_model.xml"
 CHECKED_NAMES = (MODEL_NAME, "openvino_model.bin", "tokenizer.json")
 """Files with checksums: what decides an answer, and nobody edits by hand."""
-_OPTIONAL = ("mlp", "attention", "files")
+_OPTIONAL = ("mlp", "attention", "hidden_layers", "files")
 """Left out where they say nothing: a reader that does not know an entry refuses it."""
 
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -63,6 +63,8 @@ class Manifest:
         versions: Package name to version, of what made this folder.
         attention: What each layer's queries see; None, and absent from the file, where that is every earlier token.
         mlp: How gated MLPs are stored; None, and absent from the file, for OpenVINO's own ops.
+        hidden_layers: Layers whose output the model's drafter reads beside the last hidden states; empty, and absent
+            from the file, where there are none.
         files: Size and hash of CHECKED_NAMES as `save` found them; empty, and absent from the file, where nobody did.
         format_version: Version of this file's format.
     """
@@ -79,6 +81,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     attention: AttentionPattern | None = None
     mlp: MlpFacts | None = None
+    hidden_layers: tuple[int, ...] = ()
     files: dict[str, FileFacts] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -88,6 +91,8 @@ class Manifest:
                 raise TypeError(f"{name} is {value!r}, expected a number of tokens")
         if not all(_is_whole(token_id) for token_id in self.eos_token_ids):
             raise TypeError(f"eos_token_ids is {self.eos_token_ids!r}, expected token ids")
+        if not all(_is_whole(layer) for layer in self.hidden_layers):
+            raise TypeError(f"hidden_layers is {self.hidden_layers!r}, expected numbers of layers")
 
     def save(self, folder: Path) -> Manifest:
         """Write `edge_model.json` into `folder`, whole or not at all, with checksums of the files that are there now.
@@ -212,7 +217,8 @@ def _from_manifest(path: Path) -> Manifest:
     if unknown:
         raise ModelFormatError(f"`{path}` has unknown entries {unknown}", "export the model again")
     try:
-        content["eos_token_ids"] = tuple(content.get("eos_token_ids", ()))
+        for name in ("eos_token_ids", "hidden_layers"):
+            content[name] = tuple(content.get(name, ()))
         if content.get("mlp") is not None:
             content["mlp"] = MlpFacts(**content["mlp"])
         if content.get("attention") is not None:

@@ -25,10 +25,12 @@ from numpy.typing import NDArray
 from edge_runtime.bench.attention_variants import Case, OwnLayer, StockLayer, Variant, WholeModel
 from edge_runtime.bench.settings import AttentionSettings
 from edge_runtime.config import LoadConfig
-from edge_runtime.manifest import load_manifest, weight_bytes
+from edge_runtime.manifest import Manifest, load_manifest, weight_bytes
 from edge_runtime.models.attention import BLOCK_SIZE, FULL, AttentionPattern, LayerPattern, longgen, s2
+from edge_runtime.models.loading import load_model, read_model
 from edge_runtime.models.paged import PagedModel
-from edge_runtime.models.passes.block_sparse_attention import LayerShape
+from edge_runtime.models.passes.block_sparse_attention import LayerShape, layer_heads
+from edge_runtime.models.passes.paged_attention import to_paged_attention
 
 PLACES = 5
 """Number of places along a prompt at which a chunk is timed."""
@@ -80,16 +82,15 @@ class AttentionBench:
     def _models(self, context: int) -> list[Variant]:
         assert self._model is not None
         manifest = dataclasses.replace(load_manifest(self._model), context_length=None)
-        stock = PagedModel(self._model, manifest, "CPU", LoadConfig(attention="stock", kv_precision="u8"))
+        stock = _load(self._model, manifest, attention="stock")
         self._weight_bytes = weight_bytes(self._model)
-        heads = stock.layer_heads
+        heads = _layer_heads(self._model)
         self._heads = heads[0]
         seen = cases(self._settings, len(heads), heads[0][1])
         made: list[Variant] = []
         for case in seen:
             sparse = dataclasses.replace(manifest, attention=case.pattern)
-            model = PagedModel(self._model, sparse, "CPU", LoadConfig(kv_precision="u8"))
-            made.append(WholeModel("edge", case, model))
+            made.append(WholeModel("edge", case, _load(self._model, sparse)))
         return [*made, WholeModel("genai", seen[0], stock)] if context <= self._settings.longest_peer else made
 
     def _measure(self, scope: str, context: int, variants: list[Variant]) -> None:
@@ -162,6 +163,19 @@ class AttentionBench:
             return sum(layers * end for end in ends) / sum(seen(end) for end in ends)
         kept = min(1.0, seen(context) / (layers * context))
         return (self._weight_bytes + full_bytes) / (self._weight_bytes + kept * full_bytes)
+
+
+def _load(folder: Path, manifest: Manifest, attention: str = "auto") -> PagedModel:
+    model = load_model(folder, manifest, LoadConfig(attention=attention, kv_precision="u8"))
+    assert isinstance(model, PagedModel), "the CPU has no other"
+    return model
+
+
+def _layer_heads(folder: Path) -> list[tuple[int, int]]:
+    """Return H and H_kv of each layer."""
+    model, _ = read_model(folder)
+    to_paged_attention(model)
+    return layer_heads(model)
 
 
 def cases(settings: AttentionSettings, num_layers: int, num_kv_heads: int) -> list[Case]:

@@ -149,7 +149,7 @@ def without_thresholds(folder: Path, output: Path) -> Path:
     import openvino as ov
     from openvino import opset13
 
-    from edge_runtime.models.paged import read_model
+    from edge_runtime.models.loading import read_model
     from edge_runtime.models.passes.fused_mlp import fused_mlps
     from ov_kernels.mlp_blob import pack, unpack
 

@@ -142,6 +142,12 @@ _OPTIONS: dict[str, _Option] = {
     "cache_dir": _Option(
         DEVICE, str, "FOLDER", "Folder that keeps models compiled for GPU or NPU; on CPU they load no faster with it."
     ),
+    "prefix_cache_bytes": _Option(
+        ADVANCED, int, "N", "Keep up to N bytes of keys and values of earlier prompts for later ones that begin alike."
+    ),
+    "prefix_cache_dir": _Option(
+        DEVICE, str, "FOLDER", "Folder that keeps keys and values of prompts, so that a later run need not read them."
+    ),
     "properties": _Option(
         ADVANCED,
         list[str],

@@ -15,6 +15,7 @@ from edge_runtime.devices import core
 from edge_runtime.errors import DeviceError
 from edge_runtime.light_openvino import ov
 from edge_runtime.models.cpu_facts import CpuFacts, cpu_facts
+from edge_runtime.models.passes.paged_attention import first_line
 from edge_runtime.models.weights import weights_of
 
 PRECISION, THREADS = "INFERENCE_PRECISION_HINT", "INFERENCE_NUM_THREADS"
@@ -47,6 +48,24 @@ def compile_model(
     if device.startswith("CPU") and cpu_facts().may_have_amx:
         properties = survivable(properties, weights_of(model).has_floats)
     return (own_core or core()).compile_model(model, device, properties)
+
+
+def check_added_properties(error: RuntimeError, device: str, asked: dict[str, Any]) -> None:
+    """Raise DeviceError where OpenVINO failed over a property that the user added.
+
+    Args:
+        error: What OpenVINO raised.
+        device: OpenVINO device.
+        asked: Options that may be the reason, by name, added properties among them: see `CompilePlan`.
+    """
+    added = asked.get("properties", {})
+    only = next(iter(added)) if len(added) == len(asked) == 1 else None
+    named = next((name for name in added if name in str(error)), only)
+    if named is not None:
+        raise DeviceError(
+            f"{device} refuses property {named}={added[named]}: {first_line(error)}",
+            "correct its name or value, or leave it out",
+        ) from error
 
 
 def survivable(properties: dict[str, Any], has_floats: bool, facts: CpuFacts | None = None) -> dict[str, Any]:

@@ -1,335 +1,195 @@
 """A decoder on CPU or GPU: attention over paged keys and values, driven from Python.
 
-Keys and values lie in tensors that we own and pass as inputs: `paged_cache` for OpenVINO's PagedAttention,
-`block_cache` for our own op, whose layers hold only what they still see. A step writes a few numbers into buffers that
-stay bound to the request; tensors are bound anew only when the number of tokens or blocks changes.
-
-An exception may come at any instruction (Ctrl-C). Where it comes while the model computes, the tokens held before stay
-held, since a step writes behind them only; where it comes while caches or bindings change, the next call begins anew.
+Keys and values lie in blocks that we own and pass as inputs, shared by all sequences (`kv/`): for OpenVINO's
+PagedAttention, or for our own op, whose layers hold only what they still see. A step writes a few numbers into buffers
+that stay bound to the request; tensors are bound anew only when the spans have other sizes.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import openvino as ov
-from numpy.typing import NDArray
 
-import ov_kernels
-from edge_runtime.config import LoadConfig
-from edge_runtime.devices import core
-from edge_runtime.errors import ContextOverflowError, DeviceError, ModelFormatError
-from edge_runtime.manifest import MODEL_NAME, Manifest
-from edge_runtime.models.base import Rows
-from edge_runtime.models.compiling import compile_model
-from edge_runtime.models.kv.block_sparse import BlockCache
-from edge_runtime.models.kv.stock import STOCK_CACHES, KvCache, StockCache
-from edge_runtime.models.passes.block_sparse_attention import kv_type, layer_heads, use_block_sparse_attention
-from edge_runtime.models.passes.paged_attention import LOGITS_ROWS, first_line, to_paged_attention
-from edge_runtime.models.plan import make_plan
-from edge_runtime.models.weights import weights_of
+from edge_runtime.errors import ContextOverflowError
+from edge_runtime.models.base import Output, Rows, Span
+from edge_runtime.models.kv.inputs import BlockInputs, OwnInputs, StockInputs
+from edge_runtime.models.kv.pool import own_pools, stock_pools
+from edge_runtime.models.kv.sequence import PagedSequence, Sequences
+from edge_runtime.models.passes.block_sparse_attention import BlockAttention
+from edge_runtime.models.passes.wanted_rows import LOGITS_ROWS
+from edge_runtime.models.plan import CompilePlan
 
-UNKNOWN_CONTEXT_LENGTH = 1 << 20
-"""Used where a folder does not say how long its context is."""
 _REPORTED = (
     "INFERENCE_PRECISION_HINT",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE",
     "KV_CACHE_PRECISION",
     "INFERENCE_NUM_THREADS",
 )
-_ASKED = ("precision", "kv_precision", "activation_group_size", "num_threads", "mlp", "attention", "properties")
-"""Options that may be why a model does not compile."""
-GROWTH = 1.5
-"""Caches grow by this factor, so that copying them costs a constant share of the work."""
+MAX_SEQUENCES = 16
+"""A choice, not tuned: one reading of the weights serves 16 sequences, and a step still ends soon."""
+_MOST_SHAPES = 64
+"""Shapes of a step whose buffers are kept."""
+
+Shape = tuple[tuple[int, int], ...]
+"""Tokens and wanted rows of each span."""
 
 
 class PagedModel:
-    """One compiled decoder with a paged KV cache of one sequence; implements `model.CausalModel`.
+    """One compiled decoder with paged keys and values; implements `base.CausalModel`.
 
     Args:
-        folder: A model folder.
-        manifest: Its facts.
-        device: OpenVINO device, checked already.
-        config: How to compile.
-
-    Raises:
-        ModelFormatError: The model's files are damaged or not a decoder.
-        DeviceError: The device cannot compile it with these options.
+        compiled: A model that `loading.load_model` has compiled.
+        plan: How.
+        attention: What its layers see where the attention op is ours; None for OpenVINO's.
+        mlp: What runs its fused MLPs and why; None where it has none.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, device: str, config: LoadConfig) -> None:
-        model, weight_bytes = read_model(folder)
-        to_paged_attention(model)
-        self.layer_heads = layer_heads(model)
-        attention = use_block_sparse_attention(model, manifest.attention, device, config, weight_bytes)
-        self._plan = make_plan(device, config, weights_of(model, weight_bytes))
-        self._mlp = choose_mlps(model, manifest, device, config, self._plan.properties)
-        self._compiled = _compile(model, device, config, self._plan.properties)
-        self._kv_type, self._added = kv_type(config) if attention else None, config.properties
-        del model
-        self.device = device
-        self.vocab_size = int(self._compiled.output("logits").get_partial_shape()[2].get_length())
-        self.context_length = manifest.context_length or UNKNOWN_CONTEXT_LENGTH
-        self._request = self._compiled.create_infer_request()
+    max_sequences = MAX_SEQUENCES
+
+    def __init__(
+        self, compiled: ov.CompiledModel, plan: CompilePlan, attention: BlockAttention | None, mlp: str | None
+    ) -> None:
+        self._compiled, self._plan, self._has_own_attention, self._mlp = compiled, plan, attention is not None, mlp
+        self.device, self.context_length, self.chunk_size = plan.device, plan.context_length, plan.chunk_size
+        self.vocab_size = int(compiled.output("logits").get_partial_shape()[2].get_length())
+        self._request = compiled.create_infer_request()
         # On one thread the plugin runs in the caller's own; a hand-over to its thread would only add its wake-up time.
-        self._is_inline = device == "CPU" and self._plan.num_threads == 1
-        names = {name for port in self._compiled.inputs for name in port.get_names()}
+        self._is_inline = plan.device == "CPU" and plan.num_threads == 1
+        names = {name for port in compiled.inputs for name in port.get_names()}
         self._has_positions = "position_ids" in names
-        self._attention = attention
-        self._alive: dict[str, NDArray[Any]] = {}
-        self._buffers: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-        self._is_computing = self._is_whole = False
-        self._num_tokens, self._bound = 0, (0, 0)
-        self.cache: KvCache
-        self._begin_anew()
+        self._inputs: BlockInputs
+        if attention:
+            pools = own_pools(compiled, self._request, attention)
+            self._inputs = OwnInputs(self._request, pools)
+        else:
+            pools = stock_pools(compiled, self._request, plan.device)
+            self._inputs = StockInputs(self._request, pools)
+        self._sequences = Sequences(pools, plan.context_length, plan.prefix_cache_bytes)
+        self._steps: dict[Shape, _Step] = {}
+        self._bound: _Step | None = None
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens whose keys and values are held."""
-        return self._num_tokens if self._is_whole else 0
+    def sequence(self, token_ids: list[int] | None = None) -> PagedSequence:
+        """Return a new sequence, which holds as much of the beginning of `token_ids` as is still held anywhere."""
+        return self._sequences.open(token_ids or [])
 
-    def forward(self, token_ids: list[int], num_rows: int) -> Rows:
-        """Append T tokens and return the logits of the last `num_rows`, (num_rows, V): valid until the next call.
+    def forward(self, spans: list[Span]) -> list[Output]:
+        """Append tokens to sequences; return an output for each span.
+
+        Where it raises, the sequences hold what they held before.
 
         Raises:
             ContextOverflowError: The context does not hold them.
         """
-        self._settle()
-        past, width = self._num_tokens, len(token_ids)
-        end = past + width
-        self._check_fits(end)
-        self._is_whole = False
-        if end > self.cache.capacity:
-            self.cache.reserve(min(max(end, int(self.cache.capacity * GROWTH)), self.context_length))
-        if self._bound != (width, num_rows):
-            self._bind(width, num_rows)
-        ids, positions = self._buffers[width]
-        if width == 1:
-            ids[0], positions[0] = token_ids[0], past
-        else:
-            ids[:], positions[:] = token_ids, range(past, end)
-        self.cache.hold(past, end)
-        self._is_whole = True
-        self._infer()
-        self._num_tokens = end
-        rows: Rows = self._request.get_output_tensor(0).data
-        return rows.reshape(num_rows, self.vocab_size)
-
-    def forward_sequences(
-        self, token_ids: Sequence[list[int]], past: NDArray[np.int32], blocks: NDArray[np.int32]
-    ) -> Rows:
-        """Append tokens to each of B sequences; return the logits after the last of each, (B, V).
-
-        `reserve_sequences` comes first, see `batch.SequenceBatch`.
-
-        Args:
-            token_ids: Token ids of each sequence, at least one.
-            past: (B,) tokens of each that are there already.
-            blocks: (B, n) blocks of each.
-        """
-        ends = [int(begin) + len(ids) for begin, ids in zip(past, token_ids, strict=True)]
-        positions = np.concatenate([np.arange(*span) for span in zip(past, ends, strict=True)])
-        begins = np.cumsum([0, *map(len, token_ids)], dtype=np.int32)
-        self._bind_tokens(np.concatenate(token_ids).astype(np.int64), positions, begins, begins[1:] - 1)
-        self.cache.hold_sequences(past, max(ends), blocks)
-        self._infer()
-        rows: Rows = self._request.get_output_tensor(0).data
-        return rows.reshape(len(past), self.vocab_size)
-
-    def rollback(self, num_tokens: int) -> int:
-        """Keep the first `num_tokens` tokens, or none where what they see is gone; forget the rest, return the kept."""
-        self._settle()
-        if num_tokens < self._num_tokens:
-            self._is_whole = False
-            self._num_tokens = self.cache.rollback(num_tokens)
-            self._is_whole = True
-        return self._num_tokens
-
-    def reserve(self, num_tokens: int) -> None:
-        """Allocate the caches for `num_tokens` tokens, or for the context's length if that is less."""
-        self._settle()
-        self._is_whole = False
-        self.cache.reserve(min(num_tokens, self.context_length))
-        self._is_whole = True
-
-    def reserve_sequences(self, blocks: int) -> None:
-        """Give up the sequence held, and make room for so many blocks of several; the next `forward` begins anew."""
-        self._settle()
-        self._is_whole = False
-        self.cache.reserve_blocks(blocks)
-
-    def assume(self, num_tokens: int) -> None:
-        """Take so many tokens for held, for which the caches have room: to measure what a step after them costs."""
-        self._num_tokens = num_tokens
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """Return how many blocks hold `num_tokens` tokens."""
-        return -(-num_tokens // self.cache.block_size)
+        shape, longest = [], 0
+        sequence: Any  # a PagedSequence, as `sequence` made it
+        for sequence, token_ids, num_rows in spans:
+            shape.append((len(token_ids), num_rows))
+            longest = max(longest, len(sequence.token_ids) + len(token_ids))
+        if longest > self.context_length:
+            raise ContextOverflowError(
+                f"{longest} tokens do not fit the model's context of {self.context_length}",
+                "shorten the prompt, or use a model with a longer context",
+            )
+        step = self._step_for(tuple(shape))
+        for sequence, token_ids, _ in spans:
+            past = len(sequence.token_ids)
+            for table in sequence.tables:
+                table.hold(past, past + len(token_ids))
+        step.write(spans)
+        self._inputs.write(spans, longest)
+        logits, *others = [values.reshape(step.num_rows, -1) for values in self._infer()]
+        for sequence, token_ids, _ in spans:
+            sequence.token_ids.extend(token_ids)
+        if len(spans) == 1:
+            return [Output(logits, *others)]
+        return [Output(logits[part], *(values[part] for values in others)) for part in step.parts]
 
     @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return sum(int(tensor.get_byte_size()) for tensor in self.cache.tensors)
+        return self._sequences.num_bytes
 
     @property
-    def properties(self) -> dict[str, Any]:
-        """What the plugin really uses, for reports: arithmetic and why, keys and values, threads, added properties."""
+    def token_kv_bytes(self) -> int:
+        """Bytes that one more token takes in a sequence whose every layer sees everything."""
+        return self._sequences.token_bytes
+
+    def report(self) -> dict[str, Any]:
+        """Return what the plugin really uses: arithmetic and why, keys and values, threads, added properties."""
         names = [name for name in _REPORTED if name in self._compiled.get_property("SUPPORTED_PROPERTIES")]
         values = {name: self._compiled.get_property(name) for name in names}
         shown = {name.lower(): v.to_string() if isinstance(v, ov.Type) else v for name, v in values.items()}
         if not self._plan.rounds_activations:
             shown.pop("dynamic_quantization_group_size", None)
-        ours = {"attention": "block_sparse", "kv_cache_precision": self._kv_type} if self._kv_type else {}
-        added = {"properties": self._added} if self._added else {}
-        return shown | {"reason": self._plan.reason} | ours | ({"mlp": self._mlp} if self._mlp else {}) | added
+        kv_type = self._plan.kv_type
+        ours = {"attention": "block_sparse", "kv_cache_precision": kv_type} if self._has_own_attention else {}
+        added = {"properties": self._plan.added_properties} if self._plan.added_properties else {}
+        mlp = {"mlp": self._mlp} if self._mlp else {}
+        return shown | {"reason": self._plan.reason} | ours | mlp | added | self._sequences.report()
 
-    def _settle(self) -> None:
-        """Make good what an interrupted call left: its inference may still run, or the caches be half changed."""
-        if self._is_computing:
-            with contextlib.suppress(RuntimeError):  # whoever asked for it has left
-                self._request.wait()
-            self._is_computing = False
-        if not self._is_whole:
-            self._begin_anew()
-
-    def _begin_anew(self) -> None:
-        self._is_whole = False
-        self._num_tokens, self._bound = 0, (0, 0)
-        self.cache = (
-            BlockCache(self._compiled, self._request, self._attention)
-            if self._attention
-            else StockCache(self._compiled, self._request, self.device)
-        )
-        self.cache.reserve(1)
-        self._is_whole = True
-
-    def _infer(self) -> None:
+    def _infer(self) -> Iterable[Rows]:
+        """Run what is bound; return logits, (num_rows, 1, V), and hidden states where the model has them."""
         if self._is_inline:
-            self._request.infer(share_outputs=True)
-            return
-        self._is_computing = True
+            outputs: Iterable[Rows] = self._request.infer(share_outputs=True).values()
+            return outputs
         self._request.start_async()
         self._request.wait()
-        self._is_computing = False
+        return [tensor.data for tensor in self._request.output_tensors]
 
-    def _bind(self, width: int, num_rows: int) -> None:
-        """Bind the input buffers for T = `width` tokens."""
-        if width not in self._buffers:
-            self._buffers[width] = np.zeros(width, np.int64), np.zeros(width, np.int64)
-        begins, rows = np.array([0, width], np.int32), np.arange(width - num_rows, width, dtype=np.int32)
-        self._bind_tokens(*self._buffers[width], begins, rows)
-        self._bound = width, num_rows
-
-    def _bind_tokens(
-        self,
-        token_ids: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        begins: NDArray[np.int32],
-        rows: NDArray[np.int32],
-    ) -> None:
-        self._set("input_ids", token_ids)
-        if self._has_positions:
-            self._set("position_ids", positions)
-        self._set("subsequence_begins", begins)
-        self._set(LOGITS_ROWS, rows)
-
-    def _set(self, name: str, values: NDArray[Any]) -> None:
-        self._alive[name] = values  # the tensor only points into it
-        self._request.set_tensor(name, ov.Tensor(values, shared_memory=True))
-
-    def _check_fits(self, num_tokens: int) -> None:
-        if num_tokens > self.context_length:
-            raise ContextOverflowError(
-                f"{num_tokens} tokens do not fit the model's context of {self.context_length}",
-                "shorten the prompt, or use a model with a longer context",
-            )
+    def _step_for(self, shape: Shape) -> _Step:
+        """Return the buffers for a shape, bound to the request."""
+        step = self._steps.get(shape)
+        if step is None:
+            if len(self._steps) == _MOST_SHAPES:
+                del self._steps[next(iter(self._steps))]
+            step = self._steps[shape] = _Step(shape, self._has_positions)
+        if step is not self._bound:
+            for name, tensor in step.tensors.items():
+                self._request.set_tensor(name, tensor)
+            self._bound = step
+        return step
 
 
-OUR_OPSET = b'version="edge"'
-"""How an IR marks an op of ov_kernels."""
+class _Step:
+    """The inputs of a forward whose spans have certain sizes.
 
+    Args:
+        shape: The sizes.
+        has_positions: Whether the model takes positions.
 
-def read_model(folder: Path) -> tuple[ov.Model, int]:
-    """Read the IR of a model folder and return it with the bytes of its weights.
-
-    Raises:
-        ModelFormatError: The files are missing, truncated or corrupt.
-        ExtensionError: The model uses ops of ours, and the library that has them is absent, or older than they are.
+    Attributes:
+        tensors: The inputs by name; they point into buffers of this object.
+        num_rows: Rows of logits.
+        parts: Those of each span.
     """
-    path = folder / MODEL_NAME
-    weights = path.with_suffix(".bin")
-    if not weights.is_file():
-        raise ModelFormatError(f"`{weights}` is missing", "copy or export the model again")
-    try:
-        if OUR_OPSET in path.read_bytes():
-            ov_kernels.add_for(path, core())
-        return core().read_model(path), weights.stat().st_size
-    except RuntimeError as error:
-        raise ov_kernels.explain_read_error(error) or ModelFormatError(
-            f"`{path}` cannot be read: {first_line(error)}", "copy or export the model again"
-        ) from error
 
+    def __init__(self, shape: Shape, has_positions: bool) -> None:
+        begins = np.cumsum([0, *(width for width, _ in shape)], dtype=np.int32)
+        rows = [range(end - num_rows, end) for end, (_, num_rows) in zip(begins[1:].tolist(), shape, strict=True)]
+        edges = np.cumsum([0, *map(len, rows)]).tolist()
+        self.num_rows, self.parts = edges[-1], list(map(slice, edges[:-1], edges[1:]))
+        self._ids, self._positions = np.zeros(begins[-1], np.int64), np.zeros(begins[-1], np.int64)
+        buffers = {
+            "input_ids": self._ids,
+            "subsequence_begins": begins,
+            LOGITS_ROWS: np.concatenate(rows).astype(np.int32),
+            **({"position_ids": self._positions} if has_positions else {}),
+        }
+        self._alive = buffers  # the tensors only point into them
+        self.tensors = {name: ov.Tensor(values, shared_memory=True) for name, values in buffers.items()}
 
-def choose_mlps(
-    model: ov.Model, manifest: Manifest, device: str, config: LoadConfig, properties: dict[str, Any]
-) -> str | None:
-    """Bring fused MLPs into the form that is to run; return what it is, None where there are none."""
-    if not any(node.get_type_name() == "CatsMlp" for node in model.get_ops()):
-        return None
-    from edge_runtime.models.passes import fused_mlp
-
-    sparsity = manifest.mlp.activation_sparsity if manifest.mlp else None
-    return fused_mlp.choose_mlps(model, device, config, properties, sparsity or 0.0)
-
-
-def _compile(model: ov.Model, device: str, config: LoadConfig, properties: dict[str, Any]) -> ov.CompiledModel:
-    try:
-        compiled = compile_model(model, device, properties)
-    except RuntimeError as error:
-        check_added_properties(error, device, config)
-        asked = [f"{name}={value}" for name, value in _asked(config).items()]
-        raise DeviceError(
-            f"{device} cannot run the model{' with ' * bool(asked)}{', '.join(asked)}: {first_line(error)}",
-            "leave these options out" if asked else "export or pull the model again, or run it on another device",
-        ) from error
-    _check_precisions(compiled, device, config)
-    return compiled
-
-
-def _asked(config: LoadConfig) -> dict[str, Any]:
-    """Return the options that may keep a model from compiling and are not at their defaults."""
-    default = LoadConfig()
-    values = {name: getattr(config, name) for name in _ASKED}
-    return {name: value for name, value in values.items() if value != getattr(default, name)}
-
-
-def check_added_properties(error: RuntimeError, device: str, config: LoadConfig) -> None:
-    """Raise DeviceError where OpenVINO failed over a property that the user added."""
-    only = next(iter(config.properties)) if len(config.properties) == len(_asked(config)) == 1 else None
-    named = next((name for name in config.properties if name in str(error)), only)
-    if named is not None:
-        raise DeviceError(
-            f"{device} refuses property {named}={config.properties[named]}: {first_line(error)}",
-            "correct its name or value, or leave it out",
-        ) from error
-
-
-def _check_precisions(compiled: ov.CompiledModel, device: str, config: LoadConfig) -> None:
-    """Refuse to run in other precisions than those asked for, which the plugin does without a word."""
-    runs = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-    if config.precision not in ("auto", runs):
-        raise DeviceError(
-            f"{device} cannot compute in {config.precision}: it would use {runs}", f"use `{runs}` or `auto`"
-        )
-    stock = next((port for port in compiled.inputs if port.get_any_name() == f"{STOCK_CACHES[0]}0"), None)
-    keeps = stock.get_element_type().to_string() if stock else config.kv_precision
-    if device == "CPU" and config.kv_precision not in ("auto", keeps):
-        raise DeviceError(
-            f"{device} cannot keep keys and values in {config.kv_precision} while it computes in {runs}: "
-            f"it would use {keeps}",
-            f"use `{keeps}` or `auto`",
-        )
+    def write(self, spans: list[Span]) -> None:
+        """Write tokens and positions of spans that have these sizes."""
+        if len(self._ids) == 1:
+            sequence, (token_id,), _ = spans[0]
+            self._ids[0], self._positions[0] = token_id, len(sequence.token_ids)
+            return
+        begin = 0
+        for sequence, token_ids, _ in spans:
+            past, end = len(sequence.token_ids), begin + len(token_ids)
+            self._ids[begin:end] = token_ids
+            self._positions[begin:end] = range(past, past + len(token_ids))
+            begin = end

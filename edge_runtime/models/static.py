@@ -21,64 +21,36 @@ differ by 8 where rounding differs by 0.05; OpenVINO 2026.4.1) are avoided here:
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 
-from edge_runtime.config import LoadConfig
-from edge_runtime.devices import device_label, npu_core
-from edge_runtime.errors import ContextOverflowError, DeviceError, ModelFormatError
-from edge_runtime.manifest import Manifest
+from edge_runtime.devices import device_label
+from edge_runtime.errors import ContextOverflowError
 from edge_runtime.models.base import Rows
-from edge_runtime.models.compiling import compile_model
-from edge_runtime.models.npu_plan import npu_properties
-from edge_runtime.models.paged import check_added_properties, choose_mlps, read_model
-from edge_runtime.models.passes.paged_attention import first_line
-
-MAX_CONTEXT_LENGTH = 2048
-"""Context where `LoadConfig` names none: memory for all of it is taken at once, and each step reads all of it."""
-PARTITIONINGS: tuple[dict[str, Any], ...] = ({}, {"NPUW_ONLINE_KEEP_BLOCKS": 2}, {"NPUW_ONLINE_PIPELINE": "NONE"})
-"""How NPUW cuts a model into parts that repeat, in the order tried. It wants 5 repetitions by default, and fails on
-models of 3 or 4 layers with "Model references undeclared parameters"; wanting 2 compiles them. Gemma 2 in a context of
-one chunk only compiles in one piece (OpenVINO 2026.4.1)."""
-BYTES_OF_F16 = 2
+from edge_runtime.models.plan import CompilePlan
 
 
 class StaticModel:
     """One compiled decoder with a KV cache of static size for one sequence; implements `model.CausalModel`.
 
     Args:
-        folder: A model folder.
-        manifest: Its facts.
-        device: `NPU`, checked already.
-        config: How to compile.
-
-    Raises:
-        ConfigError: An option has a value that the NPU does not take.
-        ModelFormatError: The model's files are damaged or not a decoder.
-        DeviceError: The device cannot compile it.
+        compiled: A model that `loading.load_model` has compiled.
+        plan: How.
+        token_kv_bytes: Bytes that one token adds to the keys and values.
+        mlp: What runs its fused MLPs and why; None where it has none.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, device: str, config: LoadConfig) -> None:
-        if manifest.attention or config.attention == "block_sparse":
-            raise DeviceError(f"{device} has no kernel for block-sparse attention", "run the model on CPU")
-        model, _ = read_model(folder)
-        self._mlp = choose_mlps(model, manifest, device, config, {})
-        _check(model)
-        limit = config.context_length or MAX_CONTEXT_LENGTH
-        self.context_length = min(manifest.context_length or limit, limit)
-        self._kv_bytes = self.context_length * _kv_bytes_per_token(model)
-        self._compiled = _compile(model, device, config, npu_properties(config, self.context_length))
-        del model
-        self.device, self._added = device_label(device), config.properties
-        self.vocab_size = int(self._compiled.output("logits").get_partial_shape()[2].get_length())
+    def __init__(self, compiled: ov.CompiledModel, plan: CompilePlan, token_kv_bytes: int, mlp: str | None) -> None:
+        self._compiled, self._plan, self._mlp = compiled, plan, mlp
+        self.device, self.context_length = device_label(plan.device), plan.context_length
+        self._kv_bytes = self.context_length * token_kv_bytes
+        self.vocab_size = int(compiled.output("logits").get_partial_shape()[2].get_length())
         self.num_tokens = 0
-        self._step_tokens, self._chunk_tokens = config.npu_step_tokens or 1, config.prefill_chunk_size
+        self._step_tokens, self._chunk_tokens = plan.step_tokens, plan.chunk_size
         self._open_request()
         self._step_s = self._chunk_s = 0.0
         self._ids: list[int] = []
@@ -130,10 +102,10 @@ class StaticModel:
             "device": self.device,
             "inference_precision_hint": "f16",
             "kv_cache_precision": "f16",
-            "reason": "the NPU has no other",
+            "reason": self._plan.reason,
             "npuw_online_pipeline": str(self._compiled.get_property("NPUW_ONLINE_PIPELINE")),
             **({"mlp": self._mlp} if self._mlp else {}),
-            **({"properties": self._added} if self._added else {}),
+            **({"properties": self._plan.added_properties} if self._plan.added_properties else {}),
         }
 
     def _begins_anew(self, end: int, num_rows: int) -> bool:
@@ -219,55 +191,3 @@ def _kept_tokens(compiled: ov.CompiledModel, request: ov.InferRequest) -> ov.Var
 
 def _calls(num_tokens: int, tokens_per_call: int) -> int:
     return -(-num_tokens // tokens_per_call)
-
-
-def _check(model: ov.Model) -> None:
-    """Refuse what is not a decoder that NPUW takes.
-
-    Raises:
-        ModelFormatError: It has no KV-cache states, or lacks an input.
-    """
-    missing = {"input_ids", "attention_mask", "position_ids", "beam_idx"}
-    missing -= {name for port in model.inputs for name in port.get_names()}
-    if missing or not model.get_sinks():
-        lack = f"no input `{min(missing)}`" if missing else "no KV-cache states"
-        raise ModelFormatError(f"the model has {lack}, which the NPU needs", "export it with `edge-run export`")
-
-
-def _kv_bytes_per_token(model: ov.Model) -> int:
-    """Return the bytes that one token adds to the keys and values: a state's batch and length have no size yet."""
-    shapes = [variable.info.data_shape for variable in model.get_variables()]
-    return BYTES_OF_F16 * sum(math.prod(int(d.get_length()) for d in shape if d.is_static) for shape in shapes)
-
-
-def _compile(model: ov.Model, device: str, config: LoadConfig, properties: dict[str, Any]) -> ov.CompiledModel:
-    """Compile through NPUW, in the first of the partitionings that succeeds.
-
-    Raises:
-        DeviceError: The device cannot compile the model.
-    """
-    *others, last = PARTITIONINGS
-    core = npu_core()
-    _refuse_unknown(core, device, config)
-    for partitioning in others:
-        with contextlib.suppress(RuntimeError):
-            return compile_model(model, device, {**partitioning, **properties}, core)
-    try:
-        return compile_model(model, device, {**last, **properties}, core)
-    except RuntimeError as error:
-        check_added_properties(error, device, config)
-        lacks_compiler = "compiler" in str(error) and "annot load library" in str(error)
-        hint = "install Intel's NPU driver with its compiler" if lacks_compiler else "run it on CPU or GPU"
-        raise DeviceError(f"{device} cannot compile the model: {first_line(error)}", hint) from error
-
-
-def _refuse_unknown(core: ov.Core, device: str, config: LoadConfig) -> None:
-    """Raise DeviceError for an added property that the plugin does not know: compiling, NPUW ignores such a one."""
-    for name in config.properties:
-        try:
-            core.get_property("NPU", name)
-        except RuntimeError as error:
-            if "Unsupported" in str(error):
-                check_added_properties(error, device, config)
-        except TypeError:  # known, but of a type without a Python form
-            continue

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from edge_runtime.config import LoadConfig
 from edge_runtime.errors import ExportError
 from edge_runtime.manifest import Manifest
-from edge_runtime.models.paged import PagedModel
+from edge_runtime.models.base import CausalModel, advance
+from edge_runtime.models.loading import load_model
 from edge_runtime.models.passes.paged_attention import attention_ops, to_paged_attention
 from edge_runtime.text.tokenizer import Tokenizer
 
@@ -161,15 +162,16 @@ def _is_zero(node: ov.Node) -> bool:
 
 
 def _run(folder: Path, manifest: Manifest, token_ids: NDArray[np.int64], precision: str) -> NDArray[np.float32]:
-    model = PagedModel(folder, manifest, "CPU", LoadConfig(precision=precision, mlp="fused"))
+    model = load_model(folder, manifest, LoadConfig(precision=precision, mlp="fused"))
     return np.stack([_logits(model, row.tolist()) for row in token_ids])
 
 
-def _logits(model: PagedModel, token_ids: list[int]) -> NDArray[np.float32]:
-    model.rollback(0)
-    half = len(token_ids) // 2
+def _logits(model: CausalModel, token_ids: list[int]) -> NDArray[np.float32]:
+    sequence, half = model.sequence(), len(token_ids) // 2
     parts = [part for part in (token_ids[:half], token_ids[half:]) if part]
-    return np.concatenate([model.forward(part, len(part)).copy() for part in parts])
+    rows = [advance(model, sequence, part, len(part)).copy() for part in parts]
+    sequence.close()
+    return np.concatenate(rows)
 
 
 def _kl_divergence(row: NDArray[np.float32], other: NDArray[np.float32]) -> float:

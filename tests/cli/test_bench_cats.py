@@ -100,7 +100,7 @@ def test_a_whole_model_is_measured_on_real_text(edge_run, sparse_model, tmp_path
 def test_the_dense_model_is_what_a_dense_export_is(sparse_model, tmp_path):
     """Weights that lie to be skipped are read slower: beside them skipping would look better than it is."""
     from edge_runtime.bench.cats_model import without_thresholds
-    from edge_runtime.models.paged import read_model
+    from edge_runtime.models.loading import read_model
     from edge_runtime.models.passes.fused_mlp import fused_mlps
     from ov_kernels.mlp_blob import layout_of
 

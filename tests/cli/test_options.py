@@ -42,6 +42,8 @@ LOAD = {
     "mlp": (["stock"], "stock"),
     "attention": (["stock"], "stock"),
     "cache_dir": (["cache"], "cache"),
+    "prefix_cache_bytes": (["4096"], 4096),
+    "prefix_cache_dir": (["prefixes"], "prefixes"),
     "properties": (["NUM_STREAMS=1", "A=b=c"], {"NUM_STREAMS": "1", "A": "b=c"}),
     "draft_properties": (["NUM_STREAMS=1"], {"NUM_STREAMS": "1"}),
 }

@@ -14,7 +14,7 @@ from edge_runtime.cli.app import run
 from edge_runtime.errors import ConfigError, ModelFormatError
 from edge_runtime.manifest import MlpFacts, load_manifest
 from edge_runtime.models.attention import AttentionPattern
-from edge_runtime.models.paged import read_model
+from edge_runtime.models.loading import read_model
 from edge_runtime.models.passes.fused_mlp import fused_mlps
 from tests.export.helpers import encode, runtime_logits, torch_logits, write_shuffled
 from tests.tiny_models import SENTENCES, make_hf_model

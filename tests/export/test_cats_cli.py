@@ -11,7 +11,7 @@ import pytest
 from edge_export.cats import MlpFormat
 from edge_runtime.errors import ConfigError
 from edge_runtime.manifest import MANIFEST_NAME, Manifest, MlpFacts, load_manifest
-from edge_runtime.models.paged import read_model
+from edge_runtime.models.loading import read_model
 from edge_runtime.models.passes.fused_mlp import fused_mlps
 from tests.export.helpers import encode, runtime_logits, torch_logits, write_shuffled
 from tests.tiny_models import SENTENCES, make_hf_model

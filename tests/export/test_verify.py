@@ -13,7 +13,7 @@ from edge_export import verify
 from edge_runtime.config import LoadConfig
 from edge_runtime.errors import ExportError
 from edge_runtime.manifest import MODEL_NAME, load_manifest
-from edge_runtime.models.paged import PagedModel
+from edge_runtime.models.loading import load_model
 from edge_runtime.text.tokenizer import Tokenizer
 from tests.export.helpers import torch_logits
 
@@ -73,7 +73,7 @@ def test_verification_also_runs_in_the_arithmetic_that_users_get(tiny_ir, refere
     """On a CPU with AMX every check passed in f32, and the first `generate` ended the process."""
     ids, logits = reference
     manifest, made = load_manifest(tiny_ir("llama")), []
-    monkeypatch.setattr(verify, "PagedModel", lambda *args: made.append(args[-1]) or PagedModel(*args))
+    monkeypatch.setattr(verify, "load_model", lambda *args: made.append(args[-1]) or load_model(*args))
     result = verify.verify_default(tiny_ir("llama"), manifest, ids, logits)
     assert [config.precision for config in made] == [LoadConfig().precision]
     assert verify.ERROR_BOUNDS["fp32"] < result.error < verify.DEFAULT_ERROR_BOUNDS["fp32"], "u8 keys and values"

@@ -8,6 +8,7 @@ import numpy as np
 
 from edge_runtime.config import LoadConfig
 from edge_runtime.manifest import load_manifest
+from edge_runtime.models.loading import load_model
 from edge_runtime.models.paged import PagedModel
 from edge_runtime.models.static import StaticModel
 
@@ -20,11 +21,11 @@ CHUNKS = {"context_length": 200, "prefill_chunk_size": 64}
 
 def load(folder: Path, step_tokens: int = 8, **options) -> StaticModel:
     config = LoadConfig(device="NPU", npu_step_tokens=step_tokens, **options)
-    return StaticModel(folder, load_manifest(folder), "NPU", config)
+    return load_model(folder, load_manifest(folder), config)
 
 
 def reference(folder: Path) -> PagedModel:
-    return PagedModel(folder, load_manifest(folder), "CPU", LoadConfig(precision="f32"))
+    return load_model(folder, load_manifest(folder), LoadConfig(precision="f32"))
 
 
 def random_ids(number: int, seed: int = 0) -> list[int]:

@@ -219,7 +219,7 @@ def test_options_of_a_draft_are_refused_without_one(tiny_ir, option):
 def test_file_that_vanishes_while_loading_is_told_in_one_line(tiny_ir, monkeypatch):
     folder = tiny_ir("llama")
     gone = FileNotFoundError(2, "No such file or directory", str(folder / "openvino_model.bin"))
-    monkeypatch.setattr("edge_runtime.api._load_model", Mock(side_effect=gone))
+    monkeypatch.setattr("edge_runtime.models.loading.load_model", Mock(side_effect=gone))
     with pytest.raises(ModelFormatError, match=r"openvino_model\.bin` cannot be read: No such file or directory"):
         EdgeLLM.load(folder)
 

@@ -64,6 +64,8 @@ BAD_LOAD = {
     "mlp": [None, "dense", 1],
     "attention": [None, "paged", 1],
     "cache_dir": [5, True],
+    "prefix_cache_bytes": [-1, 1.5, None, "1G"],
+    "prefix_cache_dir": [5, True],
     "properties": [
         None,
         ["PERFORMANCE_HINT"],
@@ -89,6 +91,8 @@ GOOD_LOAD = {
     "mlp": ["auto", "fused", "stock"],
     "attention": ["auto", "block_sparse", "stock"],
     "cache_dir": [None, "folder", Path("folder")],
+    "prefix_cache_bytes": [0, 1 << 33],
+    "prefix_cache_dir": [None, "folder", Path("folder")],
     "properties": [{}, {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}],
     "draft_properties": [None, {}, {"NUM_STREAMS": 1}],
 }

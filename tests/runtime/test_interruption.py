@@ -28,6 +28,7 @@ from edge_runtime.config import GenerationConfig, LoadConfig
 from edge_runtime.manifest import load_manifest
 from edge_runtime.models.attention import AttentionPattern, LayerPattern
 from edge_runtime.models.base import CachedModel, CausalModel
+from edge_runtime.models.loading import load_model
 from edge_runtime.models.paged import PagedModel
 from edge_runtime.text.stream import TextStream
 from tests.runtime import npuw
@@ -154,7 +155,7 @@ BLOCKS = AttentionPattern.of_layers([LayerPattern(window=16), LayerPattern(windo
 
 def with_blocks(folder: Path) -> PagedModel:
     manifest = dataclasses.replace(load_manifest(folder), attention=BLOCKS)
-    return PagedModel(folder, manifest, "CPU", LoadConfig(precision="f32"))
+    return load_model(folder, manifest, LoadConfig(precision="f32"))
 
 
 KINDS: dict[str, tuple[Callable[[Path], CausalModel], Callable[[Path], CausalModel], float]] = {

@@ -1,7 +1,7 @@
 """Replace PagedAttention by BlockSparseAttention: the op of ours that reads only the blocks a layer's pattern sees.
 
-Done at load, on the graph that `paged_graph` made, so the IR of a hybrid model is the plain one and only its manifest
-says what its layers see. Layers that are sliding by nature (Gemma, Mistral) say so in the graph itself.
+Done at load, on a graph with PagedAttention, so the IR of a hybrid model is the plain one and only its manifest says
+what its layers see. Layers that are sliding by nature (Gemma, Mistral) say so in the graph itself.
 """
 
 from __future__ import annotations
@@ -15,18 +15,15 @@ import openvino as ov
 from openvino import opset13
 
 import ov_kernels
-from edge_runtime.config import LoadConfig
 from edge_runtime.devices import core
-from edge_runtime.errors import ConfigError, DeviceError, ExtensionError, ModelFormatError
+from edge_runtime.errors import ConfigError, ExtensionError, ModelFormatError
 from edge_runtime.models.attention import FULL, AttentionPattern, LayerPattern
 from edge_runtime.models.passes.paged_attention import STOCK_OP, attention_ops
-from edge_runtime.models.plan import kv_precision
+from edge_runtime.models.plan import CompilePlan
 
 _log = logging.getLogger(__name__)
 
 OP_TYPE = "BlockSparseAttention"
-KV_TYPES = ("f32", "bf16", "u8")
-"""How the op can keep keys and values."""
 LARGEST_HEAD, MOST_GROUPED = 256, 64
 """Limits of the op: numbers of a key, and query heads that share one."""
 OURS_FROM = 8 << 20
@@ -60,16 +57,12 @@ def block_table_input(group: int) -> str:
     return f"block_table.{group}"
 
 
-def use_block_sparse_attention(
-    model: ov.Model, pattern: AttentionPattern | None, device: str, config: LoadConfig, weight_bytes: int
-) -> BlockAttention | None:
+def use_block_sparse_attention(model: ov.Model, plan: CompilePlan, weight_bytes: int) -> BlockAttention | None:
     """Replace every attention op, in place, where a pattern or the user asks for it, or where that is faster.
 
     Args:
         model: With PagedAttention.
-        pattern: From the manifest; None for what the graph itself says.
-        device: OpenVINO device.
-        config: Its `attention` and what says how keys and values are kept count.
+        plan: Which op, and what the layers see.
         weight_bytes: Bytes of the model's weights.
 
     Returns:
@@ -77,38 +70,26 @@ def use_block_sparse_attention(
 
     Raises:
         ModelFormatError: The pattern does not fit the model.
-        DeviceError: The device cannot run it.
-        ConfigError: The stock op was asked for and cannot do this, or ours cannot keep keys as asked.
         ExtensionError: The compiled library is absent.
     """
-    if config.attention == "stock" and pattern is not None:
-        raise ConfigError(
-            "this model uses sparse attention, which attention=stock does not support",
-            "leave `attention` at auto",
-        )
     layers = attention_ops(model)
-    is_wanted = pattern is not None or config.attention == "block_sparse"
-    if not is_wanted and (config.attention == "stock" or not _is_faster(layers, device, config, weight_bytes)):
+    if plan.kv_type is None or (plan.attention == "auto" and not _is_faster(layers, weight_bytes)):
         return None
-    if device != "CPU":
-        raise DeviceError(f"{device} has no kernel for block-sparse attention", "run the model on CPU")
     _refuse_other_terms(layers)
-    found = pattern or AttentionPattern.of_layers([_natural_pattern(layer) for layer in layers])
+    found = plan.pattern or AttentionPattern.of_layers([_natural_pattern(layer) for layer in layers])
     attention = BlockAttention(found, layer_heads(model))
     _check(attention)
-    _replace(model, layers, attention, kv_type(config))
+    _replace(model, layers, attention, plan.kv_type)
     return attention
 
 
-def _is_faster(layers: list[Any], device: str, config: LoadConfig, weight_bytes: int) -> bool:
+def _is_faster(layers: list[Any], weight_bytes: int) -> bool:
     """Whether our op can serve a model as it is, and is not slower; how many tokens it will hold nobody knows.
 
     What it cannot serve is no error: nobody has asked for it.
     """
     return (
-        device == "CPU"
-        and weight_bytes >= OURS_FROM * len(layers)
-        and kv_precision(config) in KV_TYPES
+        weight_bytes >= OURS_FROM * len(layers)
         and not any(map(_other_terms, layers))
         and all(map(_has_known_sizes, layers))
         and _is_installed()
@@ -132,21 +113,6 @@ def _is_installed() -> bool:
 def layer_heads(model: ov.Model) -> list[tuple[int, int]]:
     """Return H and H_kv of each layer of a model with PagedAttention."""
     return [_heads(layer) for layer in attention_ops(model)]
-
-
-def kv_type(config: LoadConfig) -> str:
-    """Return how the op keeps keys and values.
-
-    Raises:
-        ConfigError: It cannot keep them as asked.
-    """
-    kept = kv_precision(config)
-    if kept not in KV_TYPES:
-        raise ConfigError(
-            f"kv_precision is {kept}, expected one of {', '.join(KV_TYPES)} with block-sparse attention",
-            "leave `kv_precision` at auto",
-        )
-    return kept
 
 
 def _other_terms(layer: Any) -> str | None:
@@ -234,7 +200,7 @@ def attention_op(
         shape: Heads and head size of the layer.
         pattern: Attention pattern of the layer.
         block_size: Tokens of a block.
-        kept_as: One of KV_TYPES.
+        kept_as: How keys and values are kept, one of `plan.KV_TYPES`.
         scale: Factor on the products of queries and keys.
     """
     attributes = {

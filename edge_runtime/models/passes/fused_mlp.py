@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 from openvino import opset13
 
 import ov_kernels
-from edge_runtime.config import LoadConfig
 from edge_runtime.models.compiling import compile_model
-from edge_runtime.models.plan import activation_group_size
+from edge_runtime.models.plan import CompilePlan
 from ov_kernels.mlp_blob import BLOCK, HEADER, GatedMlp, Matrix, layout_of, pack, unpack
 
 OP_TYPE = "CatsMlp"
@@ -43,17 +42,12 @@ CACHES_BYTES = 64 << 20
 _log = logging.getLogger(__name__)
 
 
-def choose_mlps(
-    model: openvino.Model, device: str, config: LoadConfig, properties: dict[str, Any], sparsity: float = 0.0
-) -> str | None:
+def choose_mlps(model: openvino.Model, plan: CompilePlan) -> str | None:
     """Decide in which form a model's fused MLPs run, and bring them into it, in place; log which and why.
 
     Args:
         model: As read from its folder.
-        device: OpenVINO device.
-        config: Its `mlp` and what says whether activations may be rounded count.
-        properties: What the model is going to be compiled with.
-        sparsity: Share of its neurons that it was exported to skip.
+        plan: The form that was asked for, and what a trial is compiled with.
 
     Returns:
         What runs and why, for reports; None for a model without fused MLPs.
@@ -61,16 +55,15 @@ def choose_mlps(
     nodes = fused_mlps(model)
     if not nodes:
         return None
-    is_exact = activation_group_size(config, None) == 0
     for node in nodes:
-        node.set_attribute("exact", is_exact)
-    if device != "CPU":
-        chosen, reason = "stock", f": {device} has no kernel for fused MLPs"
-    elif config.mlp != "auto":
-        chosen, reason = config.mlp, ""
+        node.set_attribute("exact", plan.is_exact)
+    if plan.device != "CPU":
+        chosen, reason = "stock", f": {plan.device} has no kernel for fused MLPs"
+    elif plan.mlp != "auto":
+        chosen, reason = plan.mlp, ""
     else:
-        chosen, reason = _faster_form(nodes, properties, sparsity)
-    _log.log(logging.INFO if device == "CPU" else logging.WARNING, "fused MLPs run %s%s", chosen, reason)
+        chosen, reason = _faster_form(nodes, plan.properties, plan.sparsity)
+    _log.log(logging.INFO if plan.device == "CPU" else logging.WARNING, "fused MLPs run %s%s", chosen, reason)
     if chosen == "stock":
         lower(model)
     return chosen + reason

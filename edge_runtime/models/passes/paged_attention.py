@@ -1,27 +1,18 @@
 """Rewrite a stateful IR for the PagedAttention engine.
 
-Two steps, in place:
-
-1. OpenVINO's own transformation turns the KV states into cache inputs that the plugin updates in place, and the batch
-   into a flat list of tokens: `input_ids (T)`, `position_ids (T)`, logits `(T, 1, V)`.
-2. A gather before the last matrix product leaves only the rows whose logits are wanted: a prompt of 1000 tokens
-   computes one row of the vocabulary, not 1000.
+OpenVINO's own transformation turns the KV states into cache inputs that the plugin updates in place, and the batch into
+a flat list of tokens: `input_ids (T)`, `position_ids (T)`, logits `(T, 1, V)`.
 
 The 28 inputs of the PagedAttention op: openvino/op/paged_attention.hpp of OpenVINO 2026.4.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import openvino as ov
-from openvino import opset13
 
 from edge_runtime.errors import ModelFormatError
 
-LOGITS_ROWS = "logits_rows"
 STOCK_OP = "PagedAttentionExtension"
-ROW_WISE_OPS = ("Add", "Multiply", "Divide", "Tanh", "Convert", "Reshape", "Squeeze", "Unsqueeze", "Subtract")
-"""What may stand between the last matrix product and the logits: soft-capping, scaling, a bias, layout."""
 
 
 def to_paged_attention(model: ov.Model) -> None:
@@ -49,7 +40,6 @@ def to_paged_attention(model: ov.Model) -> None:
             f"OpenVINO cannot convert this model to PagedAttention: {first_line(error)}",
             "export it with `edge-run export`, which checks this",
         ) from error
-    _keep_wanted_rows(model)
 
 
 def attention_ops(model: ov.Model) -> list[ov.Node]:
@@ -60,26 +50,6 @@ def attention_ops(model: ov.Model) -> list[ov.Node]:
 
 def _layer_number(node: ov.Node) -> int:
     return int(node.input_value(3).get_node().get_friendly_name().rsplit(".", 1)[1])
-
-
-def _keep_wanted_rows(model: ov.Model) -> None:
-    """Gather the wanted rows before the last matrix product."""
-    if not any("logits" in output.get_names() for output in model.outputs):
-        raise ModelFormatError(
-            "the model has no output `logits`, so it is not a language model", "export it with `edge-run export`"
-        )
-    node = model.output("logits").get_node().input_value(0).get_node()
-    while node.get_type_name() in ROW_WISE_OPS:
-        node = next(
-            (value.get_node() for value in node.input_values() if value.get_node().get_type_name() != "Constant"), node
-        )
-    if node.get_type_name() != "MatMul":
-        raise ModelFormatError(f"the logits come from a {node.get_type_name()}, expected a matrix product")
-    rows = opset13.parameter([-1], np.int32, name=LOGITS_ROWS)
-    rows.output(0).set_names({LOGITS_ROWS})
-    gathered = opset13.gather(node.input_value(0), rows, opset13.constant(np.int32(0)))
-    node.input(0).replace_source_output(gathered.output(0))
-    model.add_parameters([rows])
 
 
 def first_line(error: Exception) -> str:

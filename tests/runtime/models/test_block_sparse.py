@@ -19,6 +19,7 @@ from edge_runtime.config import GenerationConfig, LoadConfig
 from edge_runtime.errors import ConfigError, ModelFormatError
 from edge_runtime.manifest import load_manifest
 from edge_runtime.models.attention import FULL, AttentionPattern, LayerPattern, longgen, s2
+from edge_runtime.models.loading import load_model
 from edge_runtime.models.paged import PagedModel
 from tests.tiny_models import make_hf_model
 
@@ -72,7 +73,7 @@ def with_pattern(folder: Path, pattern: AttentionPattern, output: Path) -> Path:
 
 
 def load(folder: Path, **options: Any) -> PagedModel:
-    return PagedModel(folder, load_manifest(folder), "CPU", LoadConfig(**{"precision": "f32", **options}))
+    return load_model(folder, load_manifest(folder), LoadConfig(**{"precision": "f32", **options}))
 
 
 def random_ids(length: int, seed: int = 0) -> list[int]:

@@ -17,7 +17,7 @@ GROUPS = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 
 def plan_for(facts: CpuFacts, kind: str, device: str = "CPU", group_size: int | None = None, **options) -> CompilePlan:
     weights = Weights(num_bytes=1 << 30, kind=kind, group_size=group_size, has_floats=kind in FLOATS)
-    return make_plan(device, LoadConfig(**options), weights, facts)
+    return make_plan(device, LoadConfig(**options), weights, facts=facts)
 
 
 def precision(plan: CompilePlan) -> str | None:

@@ -22,7 +22,7 @@ from edge_runtime.errors import DeviceError, ExtensionError
 from edge_runtime.models import compiling, cpu_facts
 from edge_runtime.models.compiling import survivable, threads_for
 from edge_runtime.models.cpu_facts import CpuFacts
-from edge_runtime.models.paged import read_model
+from edge_runtime.models.loading import read_model
 from edge_runtime.models.plan import SMALL_MODEL_BYTES, make_plan
 from edge_runtime.models.weights import FLOATS, KINDS, Weights, weights_of
 
@@ -75,7 +75,7 @@ def test_one_thread_and_bf16_never_meet_by_themselves(amx, one_core, tiny_ir):
 @pytest.mark.parametrize("num_threads", [0, 1])
 def test_auto_is_f32_where_one_thread_would_be_fatal(one_core, kind, num_bytes, num_threads):
     weights = Weights(num_bytes=num_bytes, kind=kind)
-    plan = make_plan("CPU", LoadConfig(num_threads=num_threads), weights, AMX)
+    plan = make_plan("CPU", LoadConfig(num_threads=num_threads), weights, facts=AMX)
     assert plan.properties[PRECISION] == "f32"
     if kind == "16-bit":
         assert plan.reason == "OpenVINO cannot compile these weights in bf16 for one thread on a CPU with AMX"
@@ -85,7 +85,7 @@ def test_auto_is_f32_where_one_thread_would_be_fatal(one_core, kind, num_bytes, 
 def test_bf16_on_one_thread_is_refused_where_it_is_asked_for(kind):
     weights = Weights(num_bytes=SMALL_MODEL_BYTES, kind=kind)
     with pytest.raises(DeviceError, match="precision is bf16 and num_threads is 1: ") as caught:
-        make_plan("CPU", LoadConfig(precision="bf16", num_threads=1), weights, AMX)
+        make_plan("CPU", LoadConfig(precision="bf16", num_threads=1), weights, facts=AMX)
     assert "\n" not in str(caught.value)
     assert caught.value.hint
 
@@ -93,13 +93,13 @@ def test_bf16_on_one_thread_is_refused_where_it_is_asked_for(kind):
 def test_bf16_on_one_core_is_refused_where_it_is_asked_for(one_core):
     for num_bytes in (1, SMALL_MODEL_BYTES):
         with pytest.raises(DeviceError, match="precision is bf16 and OpenVINO computes on one thread here: "):
-            make_plan("CPU", LoadConfig(precision="bf16"), Weights(num_bytes=num_bytes, kind="16-bit"), AMX)
+            make_plan("CPU", LoadConfig(precision="bf16"), Weights(num_bytes=num_bytes, kind="16-bit"), facts=AMX)
 
 
 def test_a_small_model_takes_the_threads_that_bf16_needs(monkeypatch):
     """A draft beside a target for which bf16 was asked: the single thread was our choice, not the user's."""
     monkeypatch.setattr(compiling, "threads_for", lambda properties: 1 if properties.get(THREADS) == 1 else 2)
-    plan = make_plan("CPU", LoadConfig(precision="bf16"), Weights(num_bytes=1, kind="16-bit"), AMX)
+    plan = make_plan("CPU", LoadConfig(precision="bf16"), Weights(num_bytes=1, kind="16-bit"), facts=AMX)
     assert (plan.properties[PRECISION], plan.num_threads) == ("bf16", 0)
     assert THREADS not in plan.properties
 

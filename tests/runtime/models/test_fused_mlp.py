@@ -21,9 +21,11 @@ from edge_runtime.config import LoadConfig
 from edge_runtime.devices import core
 from edge_runtime.errors import ConfigError, ExtensionError
 from edge_runtime.manifest import MODEL_NAME, MlpFacts, load_manifest
-from edge_runtime.models.paged import read_model
+from edge_runtime.models.loading import read_model
 from edge_runtime.models.passes import fused_mlp
 from edge_runtime.models.passes.fused_mlp import fused_mlps, lower
+from edge_runtime.models.plan import make_plan
+from edge_runtime.models.weights import Weights
 from ov_kernels.mlp_blob import LAYOUTS, GatedMlp, Matrix, layout_of, pack, unpack
 from tests.kernels.test_cats_mlp import compile_op, error_of, make_mlp, tokens
 from tests.runtime.npuw import KEYS_IN_F16
@@ -180,7 +182,7 @@ def test_the_op_rounds_activations_only_where_that_is_allowed(
 ) -> None:
     """Rounded activations differ between one token and several, so a draft would change greedy text."""
     model, _ = read_model(models["fused int8"])
-    fused_mlp.choose_mlps(model, "CPU", LoadConfig(mlp="fused", **options), {})
+    fused_mlp.choose_mlps(model, make_plan("CPU", LoadConfig(mlp="fused", **options), Weights(num_bytes=1)))
     assert {node.get_attributes()["exact"] for node in fused_mlps(model)} == {is_exact}
 
 

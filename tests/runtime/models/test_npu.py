@@ -19,8 +19,9 @@ from edge_runtime.devices import check_device, describe_devices
 from edge_runtime.errors import ConfigError, ContextOverflowError, DeviceError, ModelFormatError
 from edge_runtime.manifest import load_manifest
 from edge_runtime.models.attention import longgen
-from edge_runtime.models.npu_plan import npu_properties
-from edge_runtime.models.static import StaticModel
+from edge_runtime.models.loading import load_model
+from edge_runtime.models.plan import make_plan
+from edge_runtime.models.weights import Weights
 from tests.runtime.npuw import KEYS_IN_F16, load, random_ids, reference
 
 LABEL = "NPU (NPUW on CPU)"
@@ -215,18 +216,18 @@ def test_options_that_the_npu_lacks_are_refused(tiny_ir, options, told):
 
 def test_nothing_is_moved_to_the_cpu_unless_asked(monkeypatch):
     """NPUW's default runs what the NPU cannot on the CPU and says nothing."""
-    assert npu_properties(LoadConfig(), 64)["NPUW_DEVICES"] == "CPU"
+    assert make_plan("NPU", LoadConfig(), Weights(num_bytes=1)).properties["NPUW_DEVICES"] == "CPU"
     monkeypatch.delenv("EDGE_NPUW_DEVICES")
-    assert npu_properties(LoadConfig(), 64)["NPUW_DEVICES"] == "NPU"
+    assert make_plan("NPU", LoadConfig(), Weights(num_bytes=1)).properties["NPUW_DEVICES"] == "NPU"
 
 
 def test_models_that_the_npu_cannot_run_are_refused(tiny_ir, tmp_path):
     folder = tiny_ir("llama")
     hybrid = dataclasses.replace(load_manifest(folder), attention=longgen(2, num_full=1))
     with pytest.raises(DeviceError, match="no kernel for block-sparse attention"):
-        StaticModel(folder, hybrid, "NPU", LoadConfig(device="NPU"))
+        load_model(folder, hybrid, LoadConfig(device="NPU"))
     text = (folder / "openvino_model.xml").read_text().replace('names="position_ids"', 'names="places"')
     (tmp_path / "openvino_model.xml").write_text(text)
     (tmp_path / "openvino_model.bin").write_bytes((folder / "openvino_model.bin").read_bytes())
     with pytest.raises(ModelFormatError, match="no input `position_ids`"):
-        StaticModel(tmp_path, load_manifest(folder), "NPU", LoadConfig(device="NPU"))
+        load_model(tmp_path, load_manifest(folder), LoadConfig(device="NPU"))

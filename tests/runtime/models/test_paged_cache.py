@@ -11,7 +11,8 @@ from edge_export.convert import export_model
 from edge_runtime.config import LoadConfig
 from edge_runtime.errors import DeviceError
 from edge_runtime.manifest import load_manifest
-from edge_runtime.models.paged import PagedModel, read_model
+from edge_runtime.models.loading import load_model, read_model
+from edge_runtime.models.paged import PagedModel
 from edge_runtime.models.plan import make_plan
 from edge_runtime.models.weights import weights_of
 
@@ -19,7 +20,7 @@ PROMPT = [int(token_id) for token_id in np.random.default_rng(7).integers(3, 300
 
 
 def load(folder, **options) -> PagedModel:
-    return PagedModel(folder, load_manifest(folder), "CPU", LoadConfig(**options))
+    return load_model(folder, load_manifest(folder), LoadConfig(**options))
 
 
 @pytest.mark.parametrize("kv_precision", ["f32", "f16", "u8", "u4"])
