@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 from edge_runtime.decoding.engine import Engine
 from edge_runtime.decoding.request import Request
@@ -23,8 +25,35 @@ PROMPT_TOKENS_BESIDE_ANSWERS = 128
 """Prompt tokens of a step while others write: a chunk long enough to be read at full speed, and not longer."""
 MOST_KV_BYTES = 1 << 30
 """Most bytes of keys and values of requests that are stepped together; one always is, whatever it takes."""
+POLL_S = 0.1
+"""How long a caller waits before it looks again: on Windows Ctrl-C does not end a wait."""
+T = TypeVar("T")
 SHARED_TOKENS = 32
 """A request waits for another that is reading what both begin with, if this saves it so many tokens."""
+
+
+class _Call(Generic[T]):
+    """What is done between two steps, and its result or exception."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._outcome: list[T] = []
+        self._error: BaseException | None = None
+        self._is_done = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._outcome.append(self._work())
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for the result
+            self._error = error
+        self._is_done.set()
+
+    def result(self) -> T:
+        while not self._is_done.wait(POLL_S):
+            pass
+        if self._error:
+            raise self._error
+        return self._outcome[0]
 
 
 class Scheduler:
@@ -37,6 +66,7 @@ class Scheduler:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._arriving: deque[Request] = deque()
+        self._calls: deque[_Call[Any]] = deque()
         self._waiting: list[Request] = []
         self._live: list[Request] = []
         self._running = threading.Lock()
@@ -48,10 +78,21 @@ class Scheduler:
         Raises:
             EdgeError: The model was closed.
         """
-        if self._is_closed:
-            raise EdgeError("the model was closed", "load it again")
+        self._check_open()
         self._arriving.extend(requests)
         self.go_on()
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Do something with the models between two steps, in the thread that computes; return its result.
+
+        Raises:
+            EdgeError: The model was closed.
+        """
+        self._check_open()
+        call = _Call(work)
+        self._calls.append(call)
+        self.go_on()
+        return call.result()
 
     def go_on(self) -> None:
         """Let requests be stepped if they are not; to be called when a reader wants more, or cancels."""
@@ -66,6 +107,12 @@ class Scheduler:
                 self.engine.finish(request, "cancelled")
             self._live, self._waiting = [], []
             self._arriving.clear()
+            while self._calls:
+                self._calls.popleft().run()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EdgeError("the model was closed", "load it again")
 
     def _run(self) -> None:
         # Asked again after the lock is free: whoever found it taken has relied on this thread.
@@ -79,7 +126,7 @@ class Scheduler:
     def _has_work(self) -> bool:
         if self._is_closed:
             return False
-        return bool(self._arriving) or any(_is_due(request) for request in (*self._live, *self._waiting))
+        return bool(self._arriving or self._calls) or any(_is_due(request) for request in (*self._live, *self._waiting))
 
     def _step(self) -> bool:
         """Take one step; return whether there was one to take."""
@@ -87,6 +134,8 @@ class Scheduler:
             return False
         if not threading.main_thread().is_alive():  # the process waits for this thread
             self._cancel_what_nobody_reads()
+        while self._calls:
+            self._calls.popleft().run()
         self._live = self._without_ended(self._live)
         if self._arriving or self._waiting:
             self._admit()
