@@ -96,12 +96,17 @@ class Scheduler:
 
     def go_on(self) -> None:
         """Let requests be stepped if they are not; to be called when a reader wants more, or cancels."""
-        if not self._running.locked() and self._has_work():
+        if self._is_closed:
+            self._end_all()
+        elif not self._running.locked() and self._has_work():
             threading.Thread(target=self._run, name="edge-run engine").start()
 
     def close(self) -> None:
         """Cancel all requests, after the step that runs."""
         self._is_closed = True
+        self._end_all()
+
+    def _end_all(self) -> None:
         with self._running:
             for request in (*self._live, *self._waiting, *self._arriving):
                 self.engine.finish(request, "cancelled")

@@ -23,11 +23,6 @@ class PagedSequence(Prefix):
         super().__init__(token_ids, tables)
         self._sequences = sequences
 
-    def hold(self, past: int, end: int) -> None:
-        """Have blocks for tokens `past` to `end`, which are computed next."""
-        for table in self.tables:
-            table.hold(past, end)
-
     def reserve(self, num_tokens: int) -> None:
         """Announce that up to `num_tokens` tokens may be held, so that memory is found before the work starts."""
         for table in self.tables:
@@ -53,7 +48,8 @@ class PagedSequence(Prefix):
         self._sequences.hide(self)
         for past in range(self.num_tokens, num_tokens, 512):
             end = min(past + 512, num_tokens)
-            self.hold(past, end)
+            for table in self.tables:
+                table.hold(past, end)
             self.token_ids += [0] * (end - past)
 
 

@@ -155,7 +155,8 @@ class BlockTable:
             return _NOTHING
         part = self._part(first)
         places: NDArray[np.intp] = np.argwhere((part >= 0) & (self.pool.refs[part] > 1))
-        return places + np.array((0, first))
+        places += (0, first)
+        return places
 
     def _copy(self, heads: NDArray[np.intp], places: NDArray[np.intp]) -> None:
         """Have blocks of its own in the place of shared ones."""

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edge_runtime.decoding.batch import write_batch
 
 from edge_runtime.api import EdgeLLM
-from edge_runtime.config import GenerationConfig, LoadConfig
+from edge_runtime.config import LoadConfig
 from edge_runtime.errors import ConfigError, ModelFormatError
 from edge_runtime.manifest import load_manifest
 from edge_runtime.models.attention import FULL, AttentionPattern, LayerPattern, longgen, s2
+from edge_runtime.models.base import advance
+from edge_runtime.models.kv.sequence import PagedSequence
 from edge_runtime.models.loading import load_model
 from edge_runtime.models.paged import PagedModel
 from tests.tiny_models import make_hf_model
@@ -106,12 +107,15 @@ def assert_same(got: np.ndarray, wanted: np.ndarray, bound: float = EXACT) -> No
     assert np.abs(got - wanted).max() <= bound * np.abs(wanted).max()
 
 
-def in_parts(model: PagedModel, token_ids: list[int], sizes: list[int]) -> np.ndarray:
-    """Feed tokens in parts of these sizes, over and over; return the logits of all."""
+def in_parts(
+    model: PagedModel, token_ids: list[int], sizes: list[int], sequence: PagedSequence | None = None
+) -> np.ndarray:
+    """Feed tokens to a sequence in parts of these sizes, over and over; return the logits of all."""
+    sequence = sequence or model.sequence()
     rows, begin, turn = [], 0, 0
     while begin < len(token_ids):
         part = token_ids[begin : begin + sizes[turn % len(sizes)]]
-        rows.append(model.forward(part, len(part)).copy())
+        rows.append(advance(model, sequence, part, len(part)).copy())
         begin, turn = begin + len(part), turn + 1
     return np.concatenate(rows)
 
@@ -133,13 +137,13 @@ def test_the_mask_matters(dense, source, pattern):
 def test_rejected_drafts_leave_no_trace(hybrid):
     """Eight drafted tokens at every place of a block, of which a part is forgotten again."""
     ids, wrong = random_ids(200), random_ids(300, seed=1)
-    clean, disturbed = load(hybrid), load(hybrid)
-    wanted = in_parts(clean, ids, [1])
-    rows = [disturbed.forward(ids[:150], 150)[-1:].copy()]
+    model = load(hybrid)
+    wanted, disturbed = in_parts(model, ids, [1]), model.sequence()
+    rows = [advance(model, disturbed, ids[:150]).copy()]
     for place in range(150, 199):
-        disturbed.forward(wrong[place : place + 8], 8)
+        advance(model, disturbed, wrong[place : place + 8], 8)
         assert disturbed.rollback(place) == place
-        rows.append(disturbed.forward(ids[place : place + 1], 1).copy())
+        rows.append(advance(model, disturbed, ids[place : place + 1]).copy())
     assert_same(np.concatenate(rows), wanted[149:199])
 
 
@@ -203,11 +207,10 @@ def test_prefill_chunks_give_the_same_answer(hybrid):
 
 def test_several_answers_at_once(hybrid):
     prompts = [random_ids(length, seed=length) for length in (120, 33, 70)]
-    config = GenerationConfig(max_new_tokens=25)
-    written = write_batch(load(hybrid), prompts, [config] * 3)
-    llm = EdgeLLM.load(hybrid, precision="f32")
-    for prompt, answer in zip(prompts, written, strict=True):
-        assert answer.token_ids == llm.generate(prompt, max_new_tokens=25, ignore_eos=True).token_ids
+    llm = EdgeLLM.load(hybrid, precision="f32", prefix_cache_bytes=0)
+    options = {"max_new_tokens": 25, "ignore_eos": True}
+    for prompt, answer in zip(prompts, llm.generate_many(prompts, **options), strict=True):
+        assert answer.token_ids == llm.generate(prompt, **options).token_ids
 
 
 @pytest.mark.parametrize(("kept_as", "bound"), [("bf16", 0.02), ("u8", 0.05)])
@@ -223,10 +226,10 @@ def test_bytes_are_what_the_pattern_says(dense, tmp_path):
     """Measured from the buffers after a long answer, in whole blocks: one block a head beside what is seen."""
     pattern = longgen(3, sink=16, window=48, block_size=BLOCK)
     model = load(with_pattern(dense, pattern, tmp_path / "hybrid"))
-    model.reserve(512)
-    for _ in range(5):
-        model.forward(random_ids(100), 1)
-    model.forward([5], 1)
+    sequence = model.sequence()
+    sequence.reserve(512)
+    for part in (*[random_ids(100)] * 5, [5]):
+        advance(model, sequence, part)
     each = 2 * BLOCK * 2 * 16 * 4  # two KV heads, keys and values of 16 floats
     assert model.kv_bytes <= each * (512 // BLOCK + 2 * (1 + 3 + 1 + 1))
     assert model.kv_bytes >= each * (512 // BLOCK + 2 * (1 + 3))
@@ -280,13 +283,13 @@ def test_options_that_cannot_be_honoured_are_refused(hybrid, options, told):
 
 def test_large_models_get_our_op_by_themselves(dense, monkeypatch):
     """Where keys can be kept as asked; else the stock op, without a word of complaint."""
-    assert "attention" not in load(dense).properties
+    assert "attention" not in load(dense).report()
     monkeypatch.setattr("edge_runtime.models.passes.block_sparse_attention.OURS_FROM", 1)
-    assert load(dense).properties["attention"] == "block_sparse"
-    assert "attention" not in load(dense, kv_precision="u4").properties
-    assert "attention" not in load(dense, attention="stock").properties
+    assert load(dense).report()["attention"] == "block_sparse"
+    assert "attention" not in load(dense, kv_precision="u4").report()
+    assert "attention" not in load(dense, attention="stock").report()
     monkeypatch.setattr("ov_kernels.library_path", lambda: None)
-    assert "attention" not in load(dense).properties
+    assert "attention" not in load(dense).report()
 
 
 def test_a_library_of_another_release_leaves_the_stock_op(dense, tmp_path, monkeypatch, caplog):
@@ -298,7 +301,7 @@ def test_a_library_of_another_release_leaves_the_stock_op(dense, tmp_path, monke
     (tmp_path / "openvino_version.txt").write_text("2020.1.0", encoding="utf-8")
     monkeypatch.setattr("edge_runtime.models.passes.block_sparse_attention.OURS_FROM", 1)
     monkeypatch.setenv("EDGE_KERNELS_LIBRARY", str(library))
-    assert "attention" not in load(dense).properties
+    assert "attention" not in load(dense).report()
     assert "built for OpenVINO 2020.1.0" in caplog.text
 
 
@@ -308,12 +311,12 @@ def test_sizes_that_our_op_lacks_leave_the_stock_one(tmp_path, monkeypatch):
     monkeypatch.setattr("edge_runtime.models.passes.block_sparse_attention.OURS_FROM", 1)
     sizes = {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
     export_model(make_hf_model("llama", tmp_path / "hf", **sizes), tmp_path / "ir", weights="fp32")
-    assert "attention" not in load(tmp_path / "ir").properties
+    assert "attention" not in load(tmp_path / "ir").report()
 
 
 def test_it_is_said_what_runs(hybrid):
-    properties = load(hybrid, kv_precision="u8").properties
-    assert (properties["attention"], properties["kv_cache_precision"]) == ("block_sparse", "u8")
+    report = load(hybrid, kv_precision="u8").report()
+    assert (report["attention"], report["kv_cache_precision"]) == ("block_sparse", "u8")
 
 
 def test_skipped_neurons_sparse_attention_and_drafts_compose(tmp_path, tiny_ir):

@@ -15,8 +15,8 @@ from edge_runtime.config import LoadConfig
 from edge_runtime.devices import core
 from edge_runtime.errors import DeviceError, ModelFormatError
 from edge_runtime.manifest import MODEL_NAME, load_manifest
+from edge_runtime.models.base import Output, Span
 from edge_runtime.models.loading import load_model
-from edge_runtime.models.passes.hidden_rows import HIDDEN
 from edge_runtime.models.passes.wanted_rows import last_product
 
 IDS = np.random.default_rng(0).integers(3, 300, 20).tolist()
@@ -27,10 +27,12 @@ def load(folder: Path, layers: tuple[int, ...] = (), **options: Any) -> Any:
     return load_model(folder, manifest, LoadConfig(**{"precision": "f32", **options}), wants_hidden=True)
 
 
-def hidden_of(model: Any) -> np.ndarray:
-    """Return the hidden states of the last forward, (rows, E (1 + layers))."""
-    rows = model._request.get_tensor(HIDDEN).data
-    return rows.reshape(len(rows), -1).copy()
+def run(model: Any, *parts: list[int], num_rows: int) -> Output:
+    """Feed parts to a new sequence; return the logits and hidden states of the last part's last rows."""
+    sequence = model.sequence()
+    for part in parts:
+        (output,) = model.forward([Span(sequence, part, num_rows if part is parts[-1] else 1)])
+    return Output(*(rows.copy() for rows in output if rows is not None))
 
 
 def output_matrix(folder: Path) -> np.ndarray:
@@ -58,9 +60,8 @@ def torch_states(folder: Path) -> list[np.ndarray]:
 def test_hidden_rows_are_what_the_logits_come_from(tiny_ir, tiny_hf, family, attention):
     """And, after them, what a layer hands on to the next, as transformers computes it."""
     model = load(tiny_ir(family), (0,), attention=attention)
-    model.forward(IDS[:10], 1)
-    logits = model.forward(IDS[10:], 4).copy()
-    last, first_layer = np.split(hidden_of(model), 2, axis=-1)
+    logits, hidden = run(model, IDS[:10], IDS[10:], num_rows=4)
+    last, first_layer = np.split(hidden, 2, axis=-1)
     np.testing.assert_allclose(last @ output_matrix(tiny_ir(family)).T, logits, atol=1e-4)
     states = torch_states(tiny_hf(family))
     np.testing.assert_allclose(last, states[-1][-4:], atol=1e-4)
@@ -70,15 +71,24 @@ def test_hidden_rows_are_what_the_logits_come_from(tiny_ir, tiny_hf, family, att
 def test_hidden_rows_change_no_logits(tiny_ir):
     folder = tiny_ir("llama")
     plain = load_model(folder, load_manifest(folder), LoadConfig(precision="f32"))
-    np.testing.assert_array_equal(plain.forward(IDS, 3), load(folder, (1, 0)).forward(IDS, 3))
-    assert len(plain._compiled.outputs) == 1
+    logits, hidden = run(plain, IDS, num_rows=3)
+    np.testing.assert_array_equal(logits, run(load(folder, (1, 0)), IDS, num_rows=3).logits)
+    assert hidden is None
+
+
+def test_spans_of_one_forward_get_their_own_hidden_rows(tiny_ir):
+    model = load(tiny_ir("llama"), (0,))
+    parts = [IDS[:7], IDS[5:6], IDS[3:]]
+    together = model.forward([Span(model.sequence(), part, min(2, len(part))) for part in parts])
+    hidden = [output.hidden.copy() for output in together]
+    for part, rows in zip(parts, hidden, strict=True):
+        np.testing.assert_allclose(rows, run(model, part, num_rows=min(2, len(part))).hidden, atol=1e-5)
 
 
 def test_the_last_layer_is_before_the_last_norm(tiny_ir):
     """transformers shows it only after that norm; RMS norm is its direction, scaled by a weight for each number."""
     model = load(tiny_ir("llama"), (1,))
-    model.forward(IDS, 5)
-    last, stream = np.split(hidden_of(model), 2, axis=-1)
+    last, stream = np.split(run(model, IDS, num_rows=5).hidden, 2, axis=-1)
     ratio = last / (stream / np.sqrt((stream**2).mean(axis=-1, keepdims=True)))
     np.testing.assert_allclose(ratio, np.broadcast_to(ratio[0], ratio.shape), rtol=1e-3)
 
