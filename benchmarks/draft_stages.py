@@ -50,7 +50,7 @@ Table = dict[str, dict[str, list[Counts]]]
 def extra_arms(draft: Path) -> dict[str, Path]:
     """Return the arms `answers` and `original`, trained where they are not there."""
     from edge_export import corpus
-    from edge_export.fastdraft.answers import answer_windows
+    from edge_export.fastdraft.answer_windows import answer_windows
     from edge_export.fastdraft.losses import alignment_loss
     from edge_export.fastdraft.target import open_target
     from edge_export.one_epoch import Ledger

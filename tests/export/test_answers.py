@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from edge_export.fastdraft.answers import TEMPERATURES, answer_windows, temperature_of
-from edge_export.fastdraft.losses import WRITTEN
+from edge_export.fastdraft.answer_windows import WRITTEN, answer_windows
+from edge_export.fastdraft.answers import TEMPERATURES, temperature_of
 
 
 def test_prompts_whose_kinds_take_turns_get_every_temperature():
