@@ -166,7 +166,8 @@ class TextStream:
         self.close()
 
     def __del__(self) -> None:
-        self._request.is_cancelled = True  # nothing else: this may be called within any call of the same thread
+        if self.__dict__:  # else Ctrl-C came as `__init__` began
+            self._request.is_cancelled = True  # nothing else: this may be called within any call of the same thread
 
     def __iter__(self) -> Self:
         return self
