@@ -28,7 +28,7 @@ from edge_runtime.bench.plot import check_plot
 from edge_runtime.bench.prompts import read_prompts
 from edge_runtime.bench.rows import rounded
 from edge_runtime.bench.statistics import ratio_difference_interval, ratio_interval
-from edge_runtime.decoding.drafters import DraftModel
+from edge_runtime.decoding.drafters.draft_model import DraftModel
 from edge_runtime.decoding.engine import Engine
 
 NUM_DRAFT_TOKENS, TEMPERATURE = 3, 0.6
@@ -118,8 +118,8 @@ def measure(
     for name, folder in drafts.items():
         llm = EdgeLLM.load(target, draft=folder)
         base = base or llm  # one target for all, so that every arm meets the same numbers
-        assert isinstance(llm.engine.drafter, DraftModel)
-        over = EdgeLLM(Engine(base.engine.target, llm.engine.drafter), llm.tokenizer, llm.manifest, 0.0)
+        assert isinstance(llm.drafter, DraftModel)
+        over = EdgeLLM(Engine(base.target, llm.drafter), llm.tokenizer, llm.manifest, 0.0)
         for prompt in read_prompts(prompts):
             metrics = over.generate(prompt.text, seed=prompt.line, ignore_eos=True, **options).metrics
             made = Counts(metrics.accepted_tokens, metrics.proposed_tokens)
