@@ -244,10 +244,11 @@ class Engine:
         reason: FinishReason | None = None
         try:
             for index, token_id in enumerate(block.token_ids):
+                token = _token(request.config, token_id, index, block, output)
                 if token_id in request.stop_token_ids:
-                    reason = "stop"
+                    request.stop_token, reason = token, "stop"
                 else:
-                    reason = request.emit(_token(request.config, token_id, index, block, output))
+                    reason = request.emit(token)
                 if reason:
                     self.finish(request, reason)
                     return

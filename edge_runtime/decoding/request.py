@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from edge_runtime.config import GenerationConfig
+from edge_runtime.decoding.drafters.base import Draft
+from edge_runtime.decoding.pacing import Pacing
 from edge_runtime.decoding.sampling import Sampler
 from edge_runtime.errors import ConfigError, ContextOverflowError
 from edge_runtime.metrics import Metrics
-
-if TYPE_CHECKING:
-    from edge_runtime.decoding.drafters.base import Draft
-    from edge_runtime.decoding.pacing import Pacing
-    from edge_runtime.models.base import Sequence
+from edge_runtime.models.base import Sequence
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 """`stop`: a stop token or string; `length`: max_new_tokens or the context; `error`: see `Request.error`."""
@@ -88,6 +86,7 @@ class Request:
         draftings: Its sources of drafts, the one asked first first; none while it waits.
         is_cancelled: Set by any thread to end it after the current step.
         finish_reason: Why it ended; None before. Set last, after all that it has emitted.
+        stop_token: The one of `stop_token_ids` that ended it; None where none did.
         error: What it failed of.
 
     Raises:
@@ -114,6 +113,7 @@ class Request:
         self.draftings: list[Drafting] = []
         self.is_cancelled = False
         self.finish_reason: FinishReason | None = None
+        self.stop_token: Token | None = None
         self.error: BaseException | None = None
         self.metrics.prompt_tokens = len(prompt_ids)
         self._started = time.perf_counter()

@@ -54,6 +54,7 @@ class GenerationResult:
         finish_reason: `stop` (a stop token or string), `length` (max_new_tokens or the context), `cancelled`, `error`.
         metrics: What was measured.
         logprobs: One entry for each token when they were asked for.
+        stop_token: The stop token that ended the answer, which is not one of its tokens; None where none did.
     """
 
     text: str
@@ -61,6 +62,7 @@ class GenerationResult:
     finish_reason: str
     metrics: Metrics
     logprobs: list[Token] | None = None
+    stop_token: Token | None = None
 
 
 class _Progress(NamedTuple):
@@ -164,7 +166,8 @@ class TextStream:
         self.close()
 
     def __del__(self) -> None:
-        self._request.is_cancelled = True  # nothing else: this may be called within any call of the same thread
+        if self.__dict__:  # else Ctrl-C came as `__init__` began
+            self._request.is_cancelled = True  # nothing else: this may be called within any call of the same thread
 
     def __iter__(self) -> Self:
         return self
@@ -219,6 +222,7 @@ class TextStream:
             finish_reason=reason or "cancelled",
             metrics=metrics,
             logprobs=None if self._request.config.logprobs is None else self._tokens,
+            stop_token=self._request.stop_token if reason == "stop" else None,
         )
 
     def notify(self, on_wake: Callable[[], object]) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
+from edge_runtime.decoding.drafters.base import Text
 from edge_runtime.decoding.sampling import Distribution, Sampler
 from edge_runtime.decoding.speculative import NO_PROPOSAL, Proposal, VerifiedBlock
 from edge_runtime.errors import LogitsError
 from edge_runtime.models.base import CausalModel, Output, advance, catch_up
-
-if TYPE_CHECKING:
-    from edge_runtime.decoding.request import Request
 
 _log = logging.getLogger(__name__)
 
@@ -28,31 +25,31 @@ class DraftModel:
         self.model = model
         self._vocab_size = vocab_size
 
-    def open(self, request: Request) -> ModelDraft:
-        """Begin to draft for a request; earlier turns of a chat are held already."""
-        return ModelDraft(self.model, self._vocab_size, request)
+    def open(self, text: Text) -> ModelDraft:
+        """Begin to draft for a text; earlier turns of a chat are held already."""
+        return ModelDraft(self.model, self._vocab_size, text)
 
 
 class ModelDraft:
-    """A draft model's part in one request; implements `Draft`.
+    """A draft model's part in one text; implements `Draft`.
 
     The draft's sequence is brought up to date only when a draft is wanted: pacing that falls to 0 costs nothing.
     """
 
-    def __init__(self, model: CausalModel, vocab_size: int, request: Request) -> None:
-        self._model, self._vocab_size, self._request = model, vocab_size, request
-        self._sequence = model.sequence(request.token_ids)
+    def __init__(self, model: CausalModel, vocab_size: int, text: Text) -> None:
+        self._model, self._vocab_size, self._text = model, vocab_size, text
+        self._sequence = model.sequence(text.token_ids)
         self._num_read = self._sequence.num_tokens
         self._has_failed = False
 
     @property
     def num_unread(self) -> int:
-        """Tokens of the request that the draft has not read yet."""
-        return len(self._request.token_ids) - min(self._num_read, self._sequence.num_tokens)
+        """Tokens of the text that the draft has not read yet."""
+        return len(self._text.token_ids) - min(self._num_read, self._sequence.num_tokens)
 
     def propose(self, num_draft_tokens: int, sampler: Sampler) -> Proposal:
         """Draft tokens one by one; fewer where the draft's own context ends, or its logits are NaN or infinite."""
-        token_ids = self._request.token_ids
+        token_ids = self._text.token_ids
         num_draft_tokens = min(num_draft_tokens, self._model.context_length - len(token_ids))
         if num_draft_tokens <= 0 or self._has_failed:
             return NO_PROPOSAL
@@ -75,10 +72,10 @@ class ModelDraft:
         return Proposal(drafted, drawn_from)
 
     def observe(self, block: VerifiedBlock, output: Output) -> None:
-        """Nothing is learned: the next draft begins with the tokens that the sequence and the request share."""
+        """Nothing is learned: the next draft begins with the tokens that the sequence and the text share."""
 
     def close(self) -> None:
-        """Let the model keep what was read, for a later request that begins with it."""
+        """Let the model keep what was read, for a later text that begins with it."""
         self._sequence.close()
 
     def _give_up(self, error: LogitsError) -> None:

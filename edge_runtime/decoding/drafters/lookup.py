@@ -1,15 +1,11 @@
-"""Draft by copying what followed an earlier occurrence of the request's ending."""
+"""Draft by copying what followed an earlier occurrence of a text's ending."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from edge_runtime.decoding.drafters.base import Text
 from edge_runtime.decoding.sampling import Sampler
 from edge_runtime.decoding.speculative import NO_PROPOSAL, Proposal, VerifiedBlock
 from edge_runtime.models.base import Output
-
-if TYPE_CHECKING:
-    from edge_runtime.decoding.request import Request
 
 MIN_MATCH = 3
 """Tokens that must repeat before their continuation is copied: shorter matches are mostly noise."""
@@ -26,16 +22,16 @@ class PromptLookup:
     of MIN_MATCH tokens to where it ended makes the search independent of the context's length.
     """
 
-    def open(self, request: Request) -> LookupDraft:
-        """Begin to draft for a request."""
-        return LookupDraft(request)
+    def open(self, text: Text) -> LookupDraft:
+        """Begin to draft for a text."""
+        return LookupDraft(text)
 
 
 class LookupDraft:
-    """Prompt lookup's part in one request; implements `Draft`."""
+    """Prompt lookup's part in one text; implements `Draft`."""
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
+    def __init__(self, text: Text) -> None:
+        self._text = text
         self._ends: dict[tuple[int, ...], list[int]] = {}
         self._indexed = MIN_MATCH
 
@@ -46,7 +42,7 @@ class LookupDraft:
 
     def propose(self, num_draft_tokens: int, sampler: Sampler) -> Proposal:
         """Copy `num_draft_tokens` tokens; none where nothing repeats."""
-        token_ids = self._request.token_ids
+        token_ids = self._text.token_ids
         self._index(token_ids)
         end = self._longest_match(token_ids)
         if end is None:
@@ -56,7 +52,7 @@ class LookupDraft:
         return Proposal.of_copied([token_ids[end + i % period] for i in range(num_draft_tokens)])
 
     def observe(self, block: VerifiedBlock, output: Output) -> None:
-        """Nothing is learned: the request's own tokens are searched."""
+        """Nothing is learned: the text's own tokens are searched."""
 
     def close(self) -> None:
         """Nothing is held."""
