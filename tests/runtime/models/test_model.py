@@ -1,19 +1,20 @@
-"""The cache knows which tokens it holds: a new sequence computes only what it does not share."""
+"""A sequence is brought to hold exactly the tokens that are wanted: only what it does not share is computed."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from edge_runtime.models.base import CachedModel
+from edge_runtime.models.base import advance, catch_up, num_common
 from tests.runtime.fakes import TableModel, random_table
 
 V = 12
 TABLE = random_table(V, 1)
 
 
-def cached(chunk_size: int = 64) -> CachedModel:
-    return CachedModel(TableModel(TABLE), chunk_size)
+def wanted_rows(token_ids: list[int]) -> np.ndarray:
+    model = TableModel(TABLE)
+    return catch_up(model, model.sequence(), token_ids)
 
 
 @pytest.mark.parametrize(
@@ -31,23 +32,23 @@ def cached(chunk_size: int = 64) -> CachedModel:
 )
 def test_catch_up_keeps_the_shared_beginning(held, wanted, shared):
     """The last token is always computed: its logits are what was asked for."""
-    model = cached()
+    model = TableModel(TABLE)
+    sequence = model.sequence()
     if held:
-        model.forward(held)
-    assert model.shared(wanted) == shared
-    computed = []
-    model.model.on_forward = computed.extend
-    rows = model.catch_up(wanted)
+        advance(model, sequence, held)
+    computed: list[int] = []
+    model.on_forward = computed.extend
+    rows = catch_up(model, sequence, wanted)
     assert computed == wanted[shared:]
-    assert model.token_ids == wanted
-    np.testing.assert_array_equal(rows, cached().catch_up(wanted))
+    assert sequence.token_ids == wanted
+    np.testing.assert_array_equal(rows, wanted_rows(wanted))
 
 
 def test_catch_up_takes_chunks_and_announces_each():
-    model = cached(chunk_size=4)
+    model = TableModel(TABLE, chunk_size=4)
     sizes, seen = [], []
-    model.model.on_forward = lambda ids: sizes.append(len(ids))
-    model.catch_up(list(range(10)), on_chunk=lambda done, wanted: seen.append((done, wanted)))
+    model.on_forward = lambda ids: sizes.append(len(ids))
+    catch_up(model, model.sequence(), list(range(10)), on_chunk=lambda done, wanted: seen.append((done, wanted)))
     assert sizes == [4, 4, 2]
     assert seen == [(0, 10), (4, 10), (8, 10)]
 
@@ -60,28 +61,31 @@ def test_a_cancelled_chunk_leaves_those_before_it():
         if done == 8:
             raise StopError
 
-    model = cached(chunk_size=4)
+    model = TableModel(TABLE, chunk_size=4)
+    sequence = model.sequence()
     with pytest.raises(StopError):
-        model.catch_up(list(range(10)), on_chunk=stop_at_eight)
-    assert model.token_ids == list(range(8))
-    assert model.model.num_tokens == 8
-
-
-def test_rollback_never_adds_tokens():
-    model = cached()
-    model.forward([1, 2, 3])
-    model.rollback(5)
-    assert model.token_ids == [1, 2, 3]
-    model.rollback(1)
-    assert (model.token_ids, model.model.num_tokens) == ([1], 1)
+        catch_up(model, sequence, list(range(10)), on_chunk=stop_at_eight)
+    assert sequence.token_ids == list(range(8))
 
 
 def test_random_walks_equal_a_fresh_model():
     """Any history of sequences, rollbacks and chunk sizes gives the logits of a model that saw only the last one."""
     random = np.random.default_rng(0)
     for chunk_size in (1, 3, 64):
-        model = cached(chunk_size)
+        model = TableModel(TABLE, chunk_size=chunk_size)
+        sequence = model.sequence()
         for _ in range(200):
             wanted = random.integers(0, 3, random.integers(1, 12)).tolist()
-            np.testing.assert_array_equal(model.catch_up(wanted), cached().catch_up(wanted))
-            model.rollback(int(random.integers(0, 12)))
+            np.testing.assert_array_equal(catch_up(model, sequence, wanted), wanted_rows(wanted))
+            sequence.rollback(int(random.integers(0, 12)))
+
+
+def test_common_tokens_are_counted_exactly():
+    """By halves, from what is known to be equal: against counting one by one."""
+    random = np.random.default_rng(0)
+    for _ in range(2000):
+        first, second = (random.integers(0, 2, random.integers(0, 12)).tolist() for _ in range(2))
+        pairs = zip(first, second, strict=False)
+        counted = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+        for start in range(counted + 1):
+            assert num_common(first, second, start) == counted

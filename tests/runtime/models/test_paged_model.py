@@ -17,6 +17,7 @@ from edge_runtime.api import EdgeLLM
 from edge_runtime.config import LoadConfig
 from edge_runtime.errors import ConfigError, DeviceError
 from edge_runtime.manifest import load_manifest
+from edge_runtime.models.base import advance
 from edge_runtime.models.plan import make_plan
 from edge_runtime.models.weights import Weights
 from tests.tiny_models import SENTENCES, export_tiny, make_hf_model
@@ -133,14 +134,13 @@ def test_abandoned_answer_leaves_nothing_to_repair(pairs):
 
 def test_chat_turns_that_reuse_keys_equal_a_fresh_model(pairs, family, tiny_ir):
     """Three turns; each keeps what it shares with the one before, answer included."""
-    fresh = EdgeLLM.load(tiny_ir(family), precision="f32")
+    fresh = EdgeLLM.load(tiny_ir(family), precision="f32", prefix_cache_bytes=0)
     for llm in pairs.values():
         messages = [{"role": "user", "content": SENTENCES[0]}]
         held: list[int] = []
         for sentence in SENTENCES[1:4]:
             prompt = llm.tokenizer.apply_chat_template(messages)
             answer = llm.chat(messages, **OPTIONS, num_draft_tokens=3)
-            fresh.engine.target.rollback(0)
             assert answer.token_ids == ask(fresh, prompt)
             assert not held or answer.metrics.reused_tokens == num_shared(held, prompt) > 10
             held = prompt + answer.token_ids[:-1]
@@ -191,11 +191,10 @@ def test_compressed_weights_stay_lossless(tmp_path, tiny_ir, weights):
     source = make_hf_model("llama", tmp_path / "source", hidden_size=256, intermediate_size=256)
     export_model(source, tmp_path / "ir", weights=weights, group_size=64)
     llm = EdgeLLM.load(tmp_path / "ir", draft=tiny_ir("gpt2"), precision="f32")
-    model, ids = llm.engine.target.model, random_prompt(30)
-    single = np.concatenate([model.forward([token_id], 1).copy() for token_id in ids])
-    model.rollback(0)
-    np.testing.assert_allclose(model.forward(ids, len(ids)), single, atol=ROUNDING)
-    model.rollback(0)
+    model, ids = llm.target, random_prompt(30)
+    sequence = model.sequence()
+    single = np.concatenate([advance(model, sequence, [token_id]).copy() for token_id in ids])
+    np.testing.assert_allclose(advance(model, model.sequence(), ids, len(ids)), single, atol=ROUNDING)
     for prompt in (*SENTENCES, random_prompt(60)):
         wanted = ask(llm, prompt, num_draft_tokens=0)
         for num_draft_tokens in (1, 4, 8):
@@ -236,12 +235,12 @@ def test_precisions_are_honoured_or_refused(tiny_ir, precision, kv_precision):
         assert "\n" not in str(error)
         assert error.hint
         return
-    model = llm.engine.target.model
     tokens = BLOCK * 2 * 2 * 2 * 16  # one block of two layers, keys and values, 2 heads of 16
     bits = {"f32": 32, "bf16": 16, "f16": 16, "u8": 8, "u4": 4}[kv_precision]
-    assert model.properties["inference_precision_hint"] == precision
-    assert model.properties["kv_cache_precision"] == kv_precision
-    assert 1 <= model.kv_bytes * 8 / (bits * tokens) < (1.01 if bits > 8 else 3)  # scales and zero points
+    report = llm.report()["target"]
+    assert report["inference_precision_hint"] == precision
+    assert report["kv_cache_precision"] == kv_precision
+    assert 1 <= llm.target.kv_bytes * 8 / (bits * tokens) < (1.01 if bits > 8 else 3)  # scales and zero points
     assert ask(llm, max_new_tokens=5)
 
 
@@ -249,7 +248,7 @@ def test_threads_are_as_many_as_asked_for(tiny_ir):
     """One by default for a model this small: waking another costs more than it saves."""
     for options, wanted in (({}, 1), ({"num_threads": 2}, 2)):
         llm = EdgeLLM.load(tiny_ir("llama"), precision="f32", **options)
-        assert llm.engine.target.model.properties["inference_num_threads"] == wanted
+        assert llm.report()["target"]["inference_num_threads"] == wanted
 
 
 def test_two_processes_do_not_share_a_core():
@@ -278,12 +277,12 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tiny_ir, tmp_path):
 
 def test_properties_of_the_user_win_and_are_reported(tiny_ir):
     llm = EdgeLLM.load(tiny_ir("llama"), draft=tiny_ir("gpt2"), properties={"ENABLE_CPU_PINNING": True})
-    compiled = llm.engine.target.model._compiled
+    compiled = llm.target._compiled
     assert compiled.get_property("ENABLE_CPU_PINNING") is True, "False is ours for one thread"
-    assert [model["properties"] for model in llm.models.values()] == [{"ENABLE_CPU_PINNING": True}] * 2
+    assert [model["properties"] for model in llm.report().values()] == [{"ENABLE_CPU_PINNING": True}] * 2
     alone = EdgeLLM.load(tiny_ir("llama"), draft=tiny_ir("gpt2"), draft_properties={"ENABLE_CPU_PINNING": "YES"})
-    assert "properties" not in alone.models["target"]
-    assert alone.models["draft"]["properties"] == {"ENABLE_CPU_PINNING": "YES"}
+    assert "properties" not in alone.report()["target"]
+    assert alone.report()["draft"]["properties"] == {"ENABLE_CPU_PINNING": "YES"}
 
 
 @pytest.mark.parametrize("properties", [{"NO_SUCH": 1}, {"NUM_STREAMS": "many"}])
