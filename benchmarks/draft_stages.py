@@ -28,7 +28,7 @@ from edge_runtime.bench.plot import check_plot
 from edge_runtime.bench.prompts import read_prompts
 from edge_runtime.bench.rows import rounded
 from edge_runtime.bench.statistics import ratio_difference_interval, ratio_interval
-from edge_runtime.decoding.drafters import DraftModel
+from edge_runtime.decoding.drafters.draft_model import DraftModel
 from edge_runtime.decoding.engine import Engine
 
 NUM_DRAFT_TOKENS, TEMPERATURE = 3, 0.6
@@ -50,7 +50,7 @@ Table = dict[str, dict[str, list[Counts]]]
 def extra_arms(draft: Path) -> dict[str, Path]:
     """Return the arms `answers` and `original`, trained where they are not there."""
     from edge_export import corpus
-    from edge_export.fastdraft.answers import answer_windows
+    from edge_export.fastdraft.answer_windows import answer_windows
     from edge_export.fastdraft.losses import alignment_loss
     from edge_export.fastdraft.target import open_target
     from edge_export.one_epoch import Ledger
@@ -118,8 +118,8 @@ def measure(
     for name, folder in drafts.items():
         llm = EdgeLLM.load(target, draft=folder)
         base = base or llm  # one target for all, so that every arm meets the same numbers
-        assert isinstance(llm.engine.drafter, DraftModel)
-        over = EdgeLLM(Engine(base.engine.target, llm.engine.drafter), llm.tokenizer, llm.manifest, 0.0)
+        assert isinstance(llm.drafter, DraftModel)
+        over = EdgeLLM(Engine(base.target, llm.drafter), llm.tokenizer, llm.manifest, 0.0)
         for prompt in read_prompts(prompts):
             metrics = over.generate(prompt.text, seed=prompt.line, ignore_eos=True, **options).metrics
             made = Counts(metrics.accepted_tokens, metrics.proposed_tokens)

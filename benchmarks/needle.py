@@ -155,6 +155,7 @@ def found_in_runtime(folder: Path, ids: Ints) -> Ints:
     from edge_export.convert import export_model
     from edge_runtime.config import LoadConfig
     from edge_runtime.manifest import load_manifest
+    from edge_runtime.models.base import advance
     from edge_runtime.models.loading import load_model
 
     exported = folder.with_name(folder.name + "-int8")
@@ -163,10 +164,11 @@ def found_in_runtime(folder: Path, ids: Ints) -> Ints:
     model = load_model(exported, load_manifest(exported), LoadConfig(attention="block_sparse"))
     made = []
     for row in ids.tolist():
-        model.rollback(0)
+        sequence = model.sequence()
         for begin in range(0, LENGTH - KINDS, 100):
-            model.forward(row[begin : min(begin + 100, LENGTH - KINDS)], 1)
-        made.append(model.forward(row[-KINDS:], KINDS).argmax(-1))
+            advance(model, sequence, row[begin : min(begin + 100, LENGTH - KINDS)])
+        made.append(advance(model, sequence, row[-KINDS:], KINDS).argmax(-1))
+        sequence.close()
     return np.array(made)
 
 

@@ -13,6 +13,7 @@ Roofline: none is claimed; the model's own forward is the floor of both framewor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,7 @@ def token_cost(target: Path, draft: Path, rounds: int) -> dict[str, list[float]]
     import openvino_genai
 
     from edge_runtime import EdgeLLM
+    from edge_runtime.models.base import advance, catch_up
 
     exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     llm = EdgeLLM.load(target, draft=draft, precision="f32")
@@ -93,16 +95,14 @@ def token_cost(target: Path, draft: Path, rounds: int) -> dict[str, list[float]]
     drafting_peer = openvino_genai.LLMPipeline(
         str(target), "CPU", draft_model=openvino_genai.draft_model(str(draft), "CPU", **exact), **exact
     )
-    request = llm.engine.target
 
     def forward() -> float:
-        request.catch_up(PROMPT_IDS)
-        begin = time.perf_counter()
-        for _ in range(NEW_TOKENS):
-            request.model.forward([5], 1)
-        seconds = time.perf_counter() - begin
-        request.model.rollback(len(PROMPT_IDS))
-        return 1e6 * seconds / NEW_TOKENS
+        with contextlib.closing(llm.target.sequence()) as sequence:
+            catch_up(llm.target, sequence, PROMPT_IDS)
+            begin = time.perf_counter()
+            for _ in range(NEW_TOKENS):
+                advance(llm.target, sequence, [5])
+            return 1e6 * (time.perf_counter() - begin) / NEW_TOKENS
 
     return interleave(
         {

@@ -14,6 +14,7 @@ model's own greedy answers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from edge_export.sources import open_source
 from edge_export.verify import compare
 from edge_runtime import EdgeLLM
 from edge_runtime.light_openvino import ov
+from edge_runtime.models.base import CausalModel, advance
 from edge_runtime.models.compiling import compile_model
 from edge_runtime.models.loading import read_model
 
@@ -43,10 +45,10 @@ GROUPED: dict[str, Any] = {"precision": "f32", "activation_group_size": 128, "kv
 Logits = NDArray[np.float32]
 
 
-def decoded(model: Any, ids: list[int]) -> Logits:
+def decoded(model: CausalModel, ids: list[int]) -> Logits:
     """Return the logits after each token, computed one by one."""
-    model.rollback(0)
-    return np.concatenate([model.forward([token_id], 1).copy() for token_id in ids])
+    with contextlib.closing(model.sequence()) as sequence:
+        return np.concatenate([advance(model, sequence, [token_id]).copy() for token_id in ids])
 
 
 def texts_of(llm: EdgeLLM, text: Path, tokens: int) -> dict[str, list[list[int]]]:
@@ -91,7 +93,7 @@ def bf16_model(source: Path, export: Path) -> Any:
 def runs(source: Path, export: Path) -> Iterator[tuple[str, Callable[[list[int]], Logits]]]:
     """Yield each arithmetic with how to get its logits."""
     llm = EdgeLLM.load(export, **GROUPED)
-    yield "grouped", lambda ids: decoded(llm.engine.target.model, ids)
+    yield "grouped", lambda ids: decoded(llm.target, ids)
     model = bf16_model(source, export)
     yield "bf16", lambda ids: torch_source.reference_logits(model, np.array([ids], np.int64))[0]
 
@@ -100,7 +102,7 @@ def measure(source: Path, export: Path, text: Path, tokens: int) -> list[dict[st
     """Return a row for each arithmetic and kind of text."""
     llm = EdgeLLM.load(export, **EXACT)
     texts = texts_of(llm, text, tokens)
-    exact = {kind: [decoded(llm.engine.target.model, ids) for ids in rows] for kind, rows in texts.items()}
+    exact = {kind: [decoded(llm.target, ids) for ids in rows] for kind, rows in texts.items()}
     rows = []
     for name, run in runs(source, export):
         for kind, windows in texts.items():

@@ -19,6 +19,7 @@ from measure import interleave, machine, report
 
 from edge_runtime import EdgeLLM
 from edge_runtime.demo import demo_target
+from edge_runtime.models.base import advance
 
 CONTEXT, REPEATS = 64, 300
 VARIANTS: dict[str, dict[str, bool]] = {"edge-run's": {}, "OpenVINO's default": {"ENABLE_CPU_PINNING": True}}
@@ -27,18 +28,18 @@ VARIANTS: dict[str, dict[str, bool]] = {"edge-run's": {}, "OpenVINO's default": 
 def token_ms(folder: Path) -> dict[str, float]:
     """Return the median milliseconds of a token, by variant."""
     models = {
-        name: EdgeLLM.load(folder, num_threads=1, properties=properties).engine.target
-        for name, properties in VARIANTS.items()
+        name: EdgeLLM.load(folder, num_threads=1, properties=properties).target for name, properties in VARIANTS.items()
     }
+    sequences = {name: model.sequence() for name, model in models.items()}
 
     def forward_ms(name: str) -> float:
-        models[name].rollback(CONTEXT)
+        sequences[name].rollback(CONTEXT)
         begin = time.perf_counter()
-        models[name].forward([0])
+        advance(models[name], sequences[name], [0])
         return 1000 * (time.perf_counter() - begin)
 
-    for model in models.values():
-        model.forward([0] * CONTEXT)
+    for name, model in models.items():
+        advance(model, sequences[name], [0] * CONTEXT)
     timed = interleave({name: lambda name=name: forward_ms(name) for name in models}, REPEATS)
     return {name: statistics.median(values) for name, values in timed.items()}
 

@@ -5,7 +5,7 @@ Three measurements of a target, with a draft or with prompt lookup alone:
 - acceptance: accepted / proposed tokens of the coupling that a seed brings, beside the maximal one without a seed, over
   the same prompts, temperatures 0.6 and 1.0, K = 4. Needs a draft.
 - exact: in f32, how many answers equal the same seed's plain answer, by what is drafted (K = 1 to 8, chosen by cost,
-  lookup, both), with half of the prompt held, as one of two streams that take turns, and in a batch. Checked: all.
+  lookup, both), with half of the prompt held, as one of two streams that take turns, and all at once. Checked: all.
 - default: the same in the default precision, where rounding depends on how many tokens a forward has.
 
     python benchmarks/seeded.py --json                                   # the embedded pair
@@ -16,6 +16,7 @@ Three measurements of a target, with a draft or with prompt lookup alone:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections import Counter
@@ -24,7 +25,8 @@ from typing import Any
 
 from measure import machine, report
 
-from edge_runtime import EdgeLLM, strict_json
+from edge_runtime import EdgeLLM, GenerationConfig, strict_json
+from edge_runtime.models.base import catch_up
 
 PROMPTS = (
     "Once upon a time there was a little girl who",
@@ -54,10 +56,11 @@ class Runs:
 
     def answer(self, number: int, *, held: int = 0, **options: Any) -> list[int]:
         """Return one answer, with `held` tokens of the prompt in the caches before."""
-        self._llm.engine.target.rollback(0)
-        if held:
-            self._llm.engine.target.catch_up(self.prompt(number)[:held])
-        return self._llm.generate(self.prompt(number), **self._options, **options).token_ids
+        target, ids = self._llm.target, self.prompt(number)
+        with contextlib.closing(target.sequence()) as sequence:
+            if held:
+                catch_up(target, sequence, ids[:held])
+            return self._llm.generate(ids, **self._options, **options).token_ids
 
     def acceptance(self, temperature: float, count: int, *, is_seeded: bool) -> float:
         """Return accepted / proposed tokens over so many answers."""
@@ -73,7 +76,8 @@ class Runs:
     def equal_answers(self, count: int) -> dict[str, str]:
         """Return for each way to decode how many of a seed's answers equal its plain one."""
         ways = self._ways()
-        equal = dict.fromkeys([*ways, "half of the prompt held", "streams in turn"], 0)
+        equal = dict.fromkeys([*ways, "half of the prompt held", "streams in turn", "all at once"], 0)
+        all_at_once = self._answer_at_once(count)
         for number in range(count):
             request = {"temperature": 1.0, "seed": number}
             plain = self.answer(number, num_draft_tokens=0, **request)
@@ -82,11 +86,12 @@ class Runs:
             half = len(self.prompt(number)) // 2
             equal["half of the prompt held"] += self.answer(number, held=half, num_draft_tokens=0, **request) == plain
             equal["streams in turn"] += self._answer_in_turn(number, request) == plain
+            equal["all at once"] += all_at_once[number] == plain
         return {way: f"{found} of {count}" for way, found in equal.items()}
 
     def _ways(self) -> dict[str, dict[str, Any]]:
         ways: dict[str, dict[str, Any]] = {"lookup, K = 4": {"num_draft_tokens": 4, "lookup": True}}
-        if self._llm.engine.drafter is None:
+        if self._llm.drafter is None:
             return ways | {"lookup, K by cost": {"lookup": True}}
         ways = {f"draft, K = {length}": {"num_draft_tokens": length} for length in range(1, 9)} | ways
         return ways | {"draft, K by cost": {}, "draft and lookup, K by cost": {"lookup": True}}
@@ -100,23 +105,10 @@ class Runs:
         other.close()
         return stream.result.token_ids
 
-
-def equal_in_a_batch(folders: dict[str, Any], runs: Runs, options: dict[str, Any], count: int) -> str:
-    """Return how many answers of a batch equal the plain ones; a model that has served a batch serves nothing else."""
-    from edge_runtime.config import GenerationConfig
-    from edge_runtime.decoding.batch import write_batch
-
-    names = ("max_new_tokens", "ignore_eos")
-    config = {name: options[name] for name in names}
-    model = EdgeLLM.load(folders["model"], precision="f32").engine.target.model
-    equal = 0
-    for begin in range(0, count, 10):
-        numbers = range(begin, min(begin + 10, count))
-        configs = [GenerationConfig(**config, temperature=1.0, seed=number) for number in numbers]
-        made = write_batch(model, [runs.prompt(number) for number in numbers], configs)
-        for number, answer in zip(numbers, made, strict=True):
-            equal += answer.token_ids == runs.answer(number, temperature=1.0, seed=number, num_draft_tokens=0)
-    return f"{equal} of {count}"
+    def _answer_at_once(self, count: int) -> list[list[int]]:
+        prompts = [self.prompt(number) for number in range(count)]
+        configs = [GenerationConfig(temperature=1.0, seed=number) for number in range(count)]
+        return [answer.token_ids for answer in self._llm.generate_many(prompts, configs, **self._options)]
 
 
 def read_prompts(llm: EdgeLLM, path: Path | None, is_chat: bool) -> list[list[int]]:
@@ -144,9 +136,9 @@ def main() -> int:
     figures: dict[str, Any] = {}
     checks: dict[str, bool] = {}
     for precision in ("auto", "f32"):
-        llm = EdgeLLM.load(**folders, precision=precision)
+        llm = EdgeLLM.load(**folders, precision=precision, prefix_cache_bytes=0)
         runs = Runs(llm, read_prompts(llm, arguments.prompts, arguments.chat), options)
-        if precision == "auto" and llm.engine.drafter and arguments.only in (None, "acceptance"):
+        if precision == "auto" and llm.drafter and arguments.only in (None, "acceptance"):
             figures["acceptance"] = {
                 f"T = {temperature}": {
                     name: runs.acceptance(temperature, arguments.seeds, is_seeded=name == "seeded")
@@ -158,7 +150,6 @@ def main() -> int:
             figures["default"] = runs.equal_answers(arguments.seeds)
         if precision == "f32" and arguments.only in (None, "exact"):
             figures["exact"] = runs.equal_answers(arguments.seeds)
-            figures["exact"]["batch"] = equal_in_a_batch(folders, runs, options, arguments.seeds)
             whole = f"{arguments.seeds} of {arguments.seeds}"
             checks["in f32 all answers of a seed are the same"] = set(figures["exact"].values()) == {whole}
         print(strict_json.dumps(figures), file=sys.stderr)

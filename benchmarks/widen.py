@@ -25,6 +25,7 @@ OUT/int8 and OUT/int4 are compared with the source, exported alike and padded th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import re
 import shutil
@@ -47,6 +48,7 @@ from edge_runtime import EdgeLLM
 from edge_runtime.demo import demo_target
 from edge_runtime.manifest import MODEL_NAME
 from edge_runtime.metrics import peak_rss_bytes
+from edge_runtime.models.base import advance
 from edge_runtime.outputs import check_apart, check_output
 from edge_runtime.text.tokenizer import Tokenizer
 
@@ -198,8 +200,8 @@ def ir_logits(llm: EdgeLLM, token_ids: NDArray[np.int64]) -> NDArray[np.float32]
     """Return the logits of (B, T) token ids as the runtime computes them."""
 
     def window(row: list[int]) -> NDArray[np.float32]:
-        llm.engine.target.rollback(0)
-        return llm.engine.target.forward(row, len(row)).copy()
+        with contextlib.closing(llm.target.sequence()) as sequence:
+            return advance(llm.target, sequence, row, len(row)).copy()
 
     return np.stack([window(row.tolist()) for row in token_ids])
 

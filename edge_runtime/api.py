@@ -26,19 +26,24 @@ from typing import TYPE_CHECKING, Any, Self
 from edge_runtime.background import Background
 from edge_runtime.checksums import checked
 from edge_runtime.config import GenerationConfig, LoadConfig
-from edge_runtime.decoding.drafters import DraftModel
-from edge_runtime.decoding.engine import Engine, check_prompt
+from edge_runtime.decoding.drafters.base import Drafter
+from edge_runtime.decoding.drafters.draft_model import DraftModel
+from edge_runtime.decoding.engine import Engine
+from edge_runtime.decoding.request import Request, check_prompt
+from edge_runtime.decoding.scheduler import Scheduler
 from edge_runtime.demo import or_demo
 from edge_runtime.errors import ConfigError, ModelFormatError
 from edge_runtime.forks import HomeProcess
 from edge_runtime.hub_cache import resolve
 from edge_runtime.manifest import Manifest, load_manifest
+from edge_runtime.metrics import Metrics
 from edge_runtime.model_defaults import Recommended, read_recommended
+from edge_runtime.models.base import CausalModel, advance
 from edge_runtime.text.chat_config import ChatConfig
-from edge_runtime.text.stream import GenerationResult, TextStream
-from edge_runtime.text.turns import Turns
+from edge_runtime.text.stream import Answer, GenerationResult, TextStream, finish_together
 
 if TYPE_CHECKING:
+    from edge_runtime.text.async_stream import AsyncTextStream
     from edge_runtime.text.chat_template import Message
     from edge_runtime.text.tokenizer import Tokenizer
 
@@ -57,9 +62,15 @@ def _unreadable_files_are_named() -> Iterator[None]:
 
 
 class EdgeLLM:
-    """A loaded target, with a draft or without. One request runs at a time; others wait their turn.
+    """A loaded target, with a draft or without. Requests of any threads are answered at the same time.
 
-    Make one with `EdgeLLM.load`.
+    Make one with `EdgeLLM.load`. A `with` statement closes it in the end.
+
+    Attributes:
+        tokenizer: The target's.
+        manifest: Facts of the target's folder.
+        load_s: Seconds that loading took.
+        recommended: What generation_config.json recommends.
     """
 
     def __init__(
@@ -73,7 +84,13 @@ class EdgeLLM:
         self.engine, self.tokenizer, self.manifest, self.load_s = engine, tokenizer, manifest, load_s
         self.recommended = recommended or Recommended({}, [])
         self._home = HomeProcess(engine)
-        self.turns = Turns(self._home)
+        self._scheduler = Scheduler(engine)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     @classmethod
     @_unreadable_files_are_named()
@@ -118,26 +135,47 @@ class EdgeLLM:
             drafter = None
             if draft is not None and draft_manifest is not None:
                 drafting = load_model(draft, draft_manifest, config.for_draft())
-                drafting.warm_up()  # its first run comes in the middle of an answer
-                drafter = DraftModel(drafting, target.model.vocab_size)
+                _warm_up(drafting)  # its first run comes in the middle of an answer
+                drafter = DraftModel(drafting, target.vocab_size)
             read = tokenizer.result()
         from edge_runtime.text.turn_ends import answer_ends
 
         manifest = dataclasses.replace(manifest, eos_token_ids=answer_ends(folder, manifest, read))
-        recommended = read_recommended(folder, target.model.vocab_size)
+        recommended = read_recommended(folder, target.vocab_size)
         return cls(Engine(target, drafter), read, manifest, time.perf_counter() - started, recommended)
 
     @property
-    def models(self) -> dict[str, dict[str, Any]]:
-        """How `target`, and `draft` where there is one, really run: arithmetic and why, keys and values, threads."""
-        target = dict(getattr(self.engine.target.model, "properties", {}))
-        drafter = self.engine.drafter
-        return {"target": target} | ({"draft": drafter.properties} if isinstance(drafter, DraftModel) else {})
+    def target(self) -> CausalModel:
+        """The compiled target, to measure it; nothing else may run while it is used."""
+        return self.engine.target
 
     @property
-    def mlp(self) -> str | None:
-        """In which form the target's fused MLPs run, and why; None where it has none."""
-        return self.models["target"].get("mlp")
+    def drafter(self) -> Drafter | None:
+        """What drafts for the target, apart from prompt lookup."""
+        return self.engine.drafter
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self.target.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that the target gives logits for."""
+        return self.target.vocab_size
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """Return how `target`, and `draft` where there is one, really run: arithmetic and why, caches, threads."""
+        report = {"target": self.target.report()}
+        if isinstance(self.drafter, DraftModel):
+            report["draft"] = self.drafter.model.report()
+        return report
+
+    def close(self) -> None:
+        """Cancel all requests and give the models back; every later request is refused."""
+        self._scheduler.close()
+        for model in (self.target, *([self.drafter.model] if isinstance(self.drafter, DraftModel) else [])):
+            model.close()
 
     @property
     def recommended_options(self) -> dict[str, Any]:
@@ -162,6 +200,42 @@ class EdgeLLM:
         """
         return self.stream(prompt, config, **options).finish()
 
+    async def agenerate(
+        self, prompt: Prompt, config: GenerationConfig | None = None, **options: Any
+    ) -> GenerationResult:
+        """Continue a prompt while other tasks run; takes what `generate` takes."""
+        return await self.astream(prompt, config, **options).finish()
+
+    def generate_many(
+        self,
+        prompts: Iterable[Prompt],
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        *,
+        n: int = 1,
+        **options: Any,
+    ) -> list[GenerationResult]:
+        """Continue several prompts at the same time, which takes much less time than one after another.
+
+        Args:
+            prompts: Each text, or token ids.
+            config: Options of all requests, or those of each prompt; None for the defaults.
+            n: Answers to each prompt. With a seed, the first has this seed, the second the next one, and so on.
+            **options: Fields of `config.GenerationConfig`, which go before those of `config`.
+
+        Returns:
+            The n answers to the first prompt, then those to the second, and so on.
+
+        Raises:
+            ConfigError: As for `generate`; or there are not as many configs as prompts, or n is below 1.
+            ContextOverflowError: A prompt does not fit the context.
+        """
+        streams = [
+            self.stream(prompt, _nth(GenerationConfig.from_options(own, **options), number))
+            for prompt, own in _with_configs(prompts, config)
+            for number in range(_count("n", n))
+        ]
+        return finish_together(streams)
+
     def stream(
         self,
         prompt: Prompt,
@@ -183,7 +257,7 @@ class EdgeLLM:
             statement it is closed however its reader leaves.
 
         Raises:
-            EdgeError: The process is a fork of the one that loaded the model.
+            EdgeError: The process is a fork of the one that loaded the model, or the model was closed.
         """
         self._home.check()
         config = GenerationConfig.from_options(config, **options)
@@ -193,9 +267,18 @@ class EdgeLLM:
         if isinstance(prompt, str) and not prompt:
             raise ConfigError("the prompt is empty", "give at least one character")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
-        check_prompt(ids, self.engine.target.model.context_length, self.manifest.context_length)
+        check_prompt(ids, self.context_length, self.manifest.context_length)
         self._check_ids("the prompt", ids)
-        return TextStream(self, ids, config, on_prefill)
+        answer = Answer(self.tokenizer.decode_stream(ids), config.stop, on_prefill is not None)
+        metrics = Metrics(load_s=self.load_s)
+        request = Request(ids, config, self.context_length, answer, self.stop_token_ids(config), metrics)
+        return TextStream(request, answer, self._scheduler, self._home, on_prefill)
+
+    def astream(self, prompt: Prompt, config: GenerationConfig | None = None, **options: Any) -> AsyncTextStream:
+        """Continue a prompt piece by piece, for `async for`; takes what `stream` takes."""
+        from edge_runtime.text.async_stream import AsyncTextStream
+
+        return AsyncTextStream(self.stream(prompt, config, **options))
 
     def chat(
         self, messages: str | Sequence[Message], config: GenerationConfig | None = None, **options: Any
@@ -219,6 +302,20 @@ class EdgeLLM:
         chat, rest = ChatConfig.split(options)
         return self.stream(self.tokenizer.apply_chat_template(_as_messages(messages), chat), config, **rest)
 
+    async def achat(
+        self, messages: str | Sequence[Message], config: GenerationConfig | None = None, **options: Any
+    ) -> GenerationResult:
+        """Answer a chat while other tasks run; takes what `chat` takes."""
+        return await self.astream_chat(messages, config, **options).finish()
+
+    def astream_chat(
+        self, messages: str | Sequence[Message], config: GenerationConfig | None = None, **options: Any
+    ) -> AsyncTextStream:
+        """Answer a chat piece by piece, for `async for`; takes what `chat` takes."""
+        from edge_runtime.text.async_stream import AsyncTextStream
+
+        return AsyncTextStream(self.stream_chat(messages, config, **options))
+
     def stop_token_ids(self, config: GenerationConfig) -> tuple[int, ...]:
         """Return the ids that end an answer of this request."""
         own = () if config.ignore_eos else self.manifest.eos_token_ids
@@ -228,14 +325,14 @@ class EdgeLLM:
         """Refuse what this model cannot honour."""
         self._check_ids("stop_token_ids", config.stop_token_ids)
         self._check_ids("logit_bias", config.logit_bias)
-        if config.num_draft_tokens not in ("auto", 0) and not self.engine.sources(config):
+        if config.num_draft_tokens not in ("auto", 0) and not self.engine.can_draft(config):
             raise ConfigError(
                 f"num_draft_tokens is {config.num_draft_tokens}, but no draft model is loaded and `lookup` is off",
                 "load a draft, or set `lookup`",
             )
 
     def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
-        vocab_size = self.engine.target.model.vocab_size
+        vocab_size = self.vocab_size
         for token_id in token_ids:
             if not 0 <= token_id < vocab_size:
                 raise ConfigError(
@@ -252,6 +349,38 @@ def _load_tokenizer(folder: Path, draft: Path | None) -> Tokenizer:
     if draft is not None:
         tokenizer.check_same_vocabulary(Tokenizer(draft))
     return tokenizer
+
+
+def _warm_up(model: CausalModel) -> None:
+    """Run one token: plugins pack weights in the first run, which nobody should wait for in an answer."""
+    sequence = model.sequence()
+    advance(model, sequence, [0])
+    sequence.rollback(0)
+    sequence.close()
+
+
+def _with_configs(
+    prompts: Iterable[Prompt], config: GenerationConfig | Sequence[GenerationConfig] | None
+) -> list[tuple[Prompt, GenerationConfig | None]]:
+    """Return each prompt with its options."""
+    if isinstance(prompts, (str, bytes, bytearray, Mapping)) or not isinstance(prompts, Iterable):
+        raise ConfigError(f"prompts is {prompts!r:.60}, expected a list of prompts", "use `generate` for one")
+    prompts = list(prompts)
+    configs: list[GenerationConfig | None] = list(config) if isinstance(config, Sequence) else [config] * len(prompts)
+    if len(configs) != len(prompts):
+        raise ConfigError(f"config holds the options of {len(configs)} prompts, expected {len(prompts)}")
+    return list(zip(prompts, configs, strict=True))
+
+
+def _nth(config: GenerationConfig, number: int) -> GenerationConfig:
+    """Return the options of one of several answers to the same prompt."""
+    return config if config.seed is None else dataclasses.replace(config, seed=config.seed + number)
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} is {value!r:.60}, expected a whole number of at least 1")
+    return int(value)
 
 
 def _check_wants_no_draft(config: LoadConfig) -> None:

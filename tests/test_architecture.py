@@ -1,6 +1,7 @@
-"""The dependency rule, read from the source of every module.
+"""The dependency rules, read from the source of every module.
 
     edge_apps → edge_runtime ← edge_export        and both halves may use ov_kernels
+    api → text → decoding → models.base ← models  within edge_runtime
 
 A module-level import is one that importing the module runs: anything outside a function. Imports for type checkers
 count too, since a name that only a checker sees is a dependency all the same; but for subcommands.
@@ -9,6 +10,7 @@ count too, since a name that only a checker sees is a dependency all the same; b
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import sys
 from collections.abc import Iterator
@@ -64,6 +66,26 @@ def modules(package: str) -> list[Path]:
     return sorted(PACKAGES[package].rglob("*.py"))
 
 
+def dotted_name(package: str, path: Path) -> str:
+    names = [package, *path.relative_to(PACKAGES[package]).with_suffix("").parts]
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+NAMES = {dotted_name(package, path): path for package in PACKAGES for path in modules(package)}
+
+
+def imported_modules(nodes: Iterator[ast.AST]) -> set[str]:
+    """Return the modules that the given nodes import: ours by their full names, others as they are written."""
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            parts = {f"{node.module}.{alias.name}" for alias in node.names} & NAMES.keys()
+            names |= parts if len(parts) == len(node.names) else {node.module, *parts}
+    return names
+
+
 ALL_MODULES = [pytest.param(name, path, id=str(path.relative_to(ROOT))) for name in PACKAGES for path in modules(name)]
 RUNTIME_MODULES = modules("edge_runtime")
 
@@ -94,6 +116,33 @@ def test_runtime_loads_only_what_running_a_model_takes(path: Path) -> None:
     assert not broken, f"{path} imports {sorted(broken)} when it is imported"
 
 
+OPENVINO = r"openvino|ov_kernels|edge_runtime\.(devices|light_openvino)"
+FORBIDDEN_WITHIN = {
+    # Requests, drafts and pacing are tested without a model: all that they know of one is its interface.
+    "edge_runtime.decoding": OPENVINO + r"|edge_runtime\.(text|api)|edge_runtime\.models(?!\.base$)",
+    "edge_runtime.models": r"edge_runtime\.(decoding|text|api)",
+    "edge_runtime.text": OPENVINO + r"|edge_runtime\.(models|api)",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(tuple(FORBIDDEN_WITHIN))])
+def test_rooms_of_the_runtime_depend_in_one_direction(name: str) -> None:
+    """Not even inside a function."""
+    forbidden = next(rule for room, rule in FORBIDDEN_WITHIN.items() if name.startswith(room))
+    broken = {other for other in imported_modules(ast.walk(parse(NAMES[name]))) if re.match(forbidden, other)}
+    assert not broken, f"{name} imports {sorted(broken)}"
+
+
+def test_no_module_depends_on_one_that_depends_on_it() -> None:
+    """Nor for its types alone: two modules that need each other are one, or lack a third."""
+    imports = {name: imported_modules(module_level(parse(path))) for name, path in NAMES.items()}
+    ours = {name: (others & NAMES.keys()) - {name} for name, others in imports.items()}
+    try:
+        graphlib.TopologicalSorter(ours).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" ← ".join(error.args[1]))
+
+
 def test_rule_sees_what_it_must() -> None:
     """The walker itself: a class body and a `try` are module level, a function is not."""
     source = """
@@ -111,6 +160,8 @@ if TYPE_CHECKING:
 """
     assert imported_names(module_level(ast.parse(source))) == {"a", "b", "d", "j"}
     assert imported_names(module_level(ast.parse(source), for_checkers=False)) == {"a", "b", "d"}
+    source = "from edge_runtime.models import base\nfrom edge_runtime.config import LoadConfig\nimport x.y"
+    assert imported_modules(ast.walk(ast.parse(source))) == {"edge_runtime.models.base", "edge_runtime.config", "x.y"}
 
 
 def test_no_entry_of_a_docstring_is_a_fragment():

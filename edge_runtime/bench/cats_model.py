@@ -24,10 +24,10 @@ import numpy as np
 from edge_runtime.bench.cats import byte_counter
 from edge_runtime.errors import ConfigError
 from edge_runtime.manifest import MODEL_NAME, MlpFacts, load_manifest
+from edge_runtime.models.base import CausalModel, advance
 
 if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM
-    from edge_runtime.models.paged import PagedModel
 
 WINDOW = 256
 """Tokens of the text that are read together, from an empty context."""
@@ -80,7 +80,7 @@ class CatsModelBench:
                 "openvino": EdgeLLM.load(dense, mlp="stock"),
             }
             windows = self._windows(llms["cats"])
-            models = {name: paged(llm) for name, llm in llms.items()}
+            models = {name: llm.target for name, llm in llms.items()}
             for name, model in models.items():
                 self._rows.append({"impl": name, "rows": None, **quality(model, windows)})
                 yield
@@ -89,26 +89,27 @@ class CatsModelBench:
                 yield
 
     def _windows(self, llm: EdgeLLM) -> list[list[int]]:
-        size = min(WINDOW, llm.engine.target.model.context_length)
+        size = min(WINDOW, llm.context_length)
         ids = llm.tokenizer.encode(self._text.read_text(encoding="utf-8"))[: self._num_tokens]
         windows = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
         if not windows:
             raise ConfigError(f"`{self._text}` has {len(ids)} tokens, expected at least {size}", "give a longer text")
         return windows
 
-    def _steps(self, models: dict[str, PagedModel], windows: list[list[int]], rows: int) -> list[dict[str, Any]]:
+    def _steps(self, models: dict[str, CausalModel], windows: list[list[int]], rows: int) -> list[dict[str, Any]]:
         """Time steps of N tokens of the text, all implementations in turn on the same tokens."""
         times: dict[str, list[float]] = {name: [] for name in models}
         read: dict[str, int] = dict.fromkeys(models, 0)
         for step in range(STEPS + 1):
             window = windows[step % len(windows)]
             for name, model in models.items():
-                model.rollback(0)
-                model.forward(window[:-MOST_ROWS], 1)
+                sequence = model.sequence()
+                advance(model, sequence, window[:-MOST_ROWS])
                 before, begin = self._bytes_read(), time.perf_counter()
-                model.forward(window[-MOST_ROWS:][:rows], rows)
+                advance(model, sequence, window[-MOST_ROWS:][:rows], rows)
                 times[name].append(1000 * (time.perf_counter() - begin))
                 read[name] += self._bytes_read() - before
+                sequence.close()
         made = []
         for name, spent in times.items():
             low, middle, high = np.quantile(spent[1:], (0.1, 0.5, 0.9))
@@ -126,18 +127,13 @@ class CatsModelBench:
         return made
 
 
-def paged(llm: EdgeLLM) -> PagedModel:
-    """Return the target that runs."""
-    model: Any = llm.engine.target.model
-    return model  # type: ignore[no-any-return]
-
-
-def quality(model: PagedModel, windows: list[list[int]]) -> dict[str, Any]:
+def quality(model: CausalModel, windows: list[list[int]]) -> dict[str, Any]:
     """Return the perplexity of windows, each from an empty context, all its tokens at once."""
     losses = []
     for window in windows:
-        model.rollback(0)
-        logits = model.forward(window, len(window))[:-1].astype(np.float64)
+        sequence = model.sequence()
+        logits = advance(model, sequence, window, len(window))[:-1].astype(np.float64)
+        sequence.close()
         logits -= logits.max(-1, keepdims=True)
         chosen = np.take_along_axis(logits, np.array(window)[1:, None], -1)[:, 0]
         losses.append(float(np.mean(np.log(np.exp(logits).sum(-1)) - chosen)))

@@ -10,6 +10,7 @@ Perplexity does not tell which draft is better, acceptance does (FastDraft, Zafr
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +21,14 @@ from edge_runtime.api import EdgeLLM
 from edge_runtime.bench.prompts import Prompt
 from edge_runtime.bench.rows import acceptance, num_decoded, num_equal, rounded, speedup
 from edge_runtime.bench.settings import DraftSettings
-from edge_runtime.bench.steps import REPEATS, Step, median_step, predicted_speedup, run_step, step_counts
+from edge_runtime.bench.steps import REPEATS, FixedText, Step, median_step, predicted_speedup, run_step, step_counts
 from edge_runtime.bench.variants import Variant, make_variants
-from edge_runtime.decoding.engine import check_prompt
+from edge_runtime.decoding.request import check_prompt
 from edge_runtime.decoding.sampling import Sampler
 from edge_runtime.errors import ConfigError, ContextOverflowError
 from edge_runtime.manifest import load_manifest, weight_bytes
 from edge_runtime.metrics import Metrics, mbsu
+from edge_runtime.models.base import catch_up
 from edge_runtime.text.stream import GenerationResult
 
 
@@ -48,7 +50,7 @@ class DraftBench:
         self, llm: EdgeLLM, prompts: list[Prompt], settings: DraftSettings, relative_size: float = 0.0
     ) -> None:
         self._prompts, self._settings, self._relative_size = prompts, settings, relative_size
-        self._target, self._draft = llm.engine.target, llm.engine.drafter
+        self._llm = llm
         self._ids = [_encode(llm, prompt, settings.is_chat) for prompt in prompts]
         self._variants = [
             variant
@@ -97,11 +99,8 @@ class DraftBench:
             yield
 
     def _hold(self, ids: list[int]) -> None:
-        """Let both models read the prompt, whichever variant comes first."""
-        self._target.catch_up(ids)
-        if self._draft:
-            self._draft.start(ids)
-            self._draft.propose(ids, 1, self._sampler(ids))
+        """Let both models read the prompt, whichever variant comes first; what they read is kept for the next."""
+        self._llm.generate(ids, max_new_tokens=3, ignore_eos=True, num_draft_tokens=1 if self._llm.drafter else 0)
 
     def _measure_steps(self, prompt: Prompt, ids: list[int], answers: list[GenerationResult]) -> None:
         """Measure the kinds of steps that this prompt's answers took, in the middle of the plain answer."""
@@ -111,19 +110,16 @@ class DraftBench:
             (variant.drafter, length): variant.source
             for variant, answer in zip(self._variants, answers, strict=True)
             for length in step_counts([answer.metrics])
-            if (length or not variant.source) and len(context) + length <= self._target.model.context_length
+            if (length or not variant.source) and len(context) + length <= self._llm.context_length
         }
-        self._hold(context)
-        for source in kinds.values():
-            if source:
-                source.start(context)
-        for (drafter, length), source in kinds.items():
-            sampler = self._sampler(context)
-            steps = [run_step(self._target, source, context, length, sampler) for _ in range(1 + REPEATS)]
-            self._steps[prompt.category, drafter, length] += steps[1:]
-
-    def _sampler(self, ids: list[int]) -> Sampler:
-        return Sampler(self._settings.request(), ids, Random(0))
+        target, text = self._llm.target, FixedText(context)
+        with contextlib.closing(target.sequence(context)) as sequence:
+            catch_up(target, sequence, context)
+            for (drafter, length), source in kinds.items():
+                sampler = Sampler(self._settings.request(), context, Random(0))
+                with contextlib.closing(source.open(text)) if source else contextlib.nullcontext() as draft:
+                    steps = [run_step(target, sequence, draft, context, length, sampler) for _ in range(1 + REPEATS)]
+                self._steps[prompt.category, drafter, length] += steps[1:]
 
     def _row(self, category: str, index: int, variant: Variant) -> dict[str, Any]:
         answers = [of_prompt[index] for of_prompt in self._answers[category]]
@@ -182,7 +178,7 @@ def _encode(llm: EdgeLLM, prompt: Prompt, is_chat: bool) -> list[int]:
             ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}])
         else:
             ids = tokenizer.encode(prompt.text)
-        check_prompt(ids, llm.engine.target.model.context_length, llm.manifest.context_length)
+        check_prompt(ids, llm.context_length, llm.manifest.context_length)
     except (ConfigError, ContextOverflowError) as error:
         raise type(error)(f"prompt of line {prompt.line}: {error}", error.hint) from error
     return ids

@@ -19,11 +19,11 @@ from collections.abc import Iterable
 from statistics import median
 from typing import NamedTuple
 
-from edge_runtime.decoding.drafters import Drafter
+from edge_runtime.decoding.drafters.base import Draft
 from edge_runtime.decoding.sampling import Sampler
 from edge_runtime.decoding.speculative import NO_PROPOSAL, Proposal, verify
 from edge_runtime.metrics import Metrics
-from edge_runtime.models.base import CachedModel
+from edge_runtime.models.base import CausalModel, Sequence, advance
 
 REPEATS = 5
 """Steps of each length that count for each prompt. They follow one more of the same length, which pays for the
@@ -42,27 +42,43 @@ class Step(NamedTuple):
     target_s: float
 
 
+class FixedText(NamedTuple):
+    """A text that steps are measured after; implements `drafters.base.Text`.
+
+    Attributes:
+        token_ids: All its tokens.
+    """
+
+    token_ids: list[int]
+
+
 def run_step(
-    target: CachedModel, drafter: Drafter | None, token_ids: list[int], num_draft_tokens: int, sampler: Sampler
+    target: CausalModel,
+    sequence: Sequence,
+    draft: Draft | None,
+    token_ids: list[int],
+    num_draft_tokens: int,
+    sampler: Sampler,
 ) -> Step:
-    """Draft and verify once.
+    """Draft and verify once; the next step begins with the same text.
 
     Args:
-        target: Holds `token_ids`, or more.
-        drafter: Has begun a request with `token_ids`; None to draft nothing.
+        target: The model that verifies.
+        sequence: One of the target's, which holds `token_ids`, or more.
+        draft: Drafts for a text of `token_ids`; None to draft nothing.
         token_ids: The text so far.
         num_draft_tokens: k.
         sampler: With the options of the requests that are to be predicted.
     """
-    target.rollback(len(token_ids) - 1)
+    sequence.rollback(len(token_ids) - 1)
     begin = time.perf_counter()
-    proposal = drafter.propose(token_ids, num_draft_tokens, sampler) if drafter else NO_PROPOSAL
+    proposal = draft.propose(num_draft_tokens, sampler) if draft else NO_PROPOSAL
     drafted = time.perf_counter()
     if len(proposal.token_ids) < num_draft_tokens:  # lookup found nothing here: any tokens cost the target as much
         proposal = Proposal.of_copied((token_ids * num_draft_tokens)[:num_draft_tokens])
-    rows = target.forward(token_ids[-1:] + proposal.token_ids, 1 + num_draft_tokens)
+    rows = advance(target, sequence, token_ids[-1:] + proposal.token_ids, 1 + num_draft_tokens)
     accepted = verify(rows, proposal, sampler).num_accepted
-    target.rollback(len(token_ids) + accepted)
+    sequence.rollback(len(token_ids) + accepted)
     return Step(drafted - begin, time.perf_counter() - drafted)
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
 from edge_runtime.api import EdgeLLM
-from edge_runtime.decoding.drafters import Drafter, PromptLookup
+from edge_runtime.decoding.drafters.base import Drafter, Text
+from edge_runtime.decoding.drafters.lookup import PromptLookup
 from edge_runtime.decoding.engine import Engine
 from edge_runtime.decoding.sampling import Categorical, Sampler
-from edge_runtime.decoding.speculative import Proposal
+from edge_runtime.decoding.speculative import Proposal, VerifiedBlock
+from edge_runtime.models.base import Output
 
 
 class RandomDraft:
     """Draft tokens drawn uniformly from the vocabulary: the draft to which every other one is compared.
+
+    Since it keeps nothing of a text, it implements both `Drafter` and `Draft`.
 
     Args:
         vocab_size: V.
@@ -25,17 +29,25 @@ class RandomDraft:
         self._vocab_size = vocab_size
         self._uniform = Categorical(None, np.ones(vocab_size))
 
-    def start(self, prompt_ids: list[int]) -> None:
-        """Nothing is kept of a request."""
+    def open(self, text: Text) -> Self:
+        """Begin to draft for a text."""
+        return self
 
-    def lag(self, num_tokens: int) -> int:
-        """Return 0: nothing is read."""
+    @property
+    def num_unread(self) -> int:
+        """None: nothing is read."""
         return 0
 
-    def propose(self, token_ids: list[int], num_draft_tokens: int, sampler: Sampler) -> Proposal:
+    def propose(self, num_draft_tokens: int, sampler: Sampler) -> Proposal:
         """Draw tokens."""
         drawn = [int(sampler.random.random() * self._vocab_size) for _ in range(num_draft_tokens)]
         return Proposal(drawn, [self._uniform] * num_draft_tokens)
+
+    def observe(self, block: VerifiedBlock, output: Output) -> None:
+        """Nothing is learned."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class Variant(NamedTuple):
@@ -61,12 +73,12 @@ def make_variants(llm: EdgeLLM, lengths: Sequence[int]) -> list[Variant]:
         llm: The target with its draft; without one only the baselines are returned.
         lengths: Every K.
     """
-    target, draft = llm.engine.target, llm.engine.drafter
+    target, draft = llm.target, llm.drafter
 
     def over(drafter: Drafter | None) -> EdgeLLM:
         return EdgeLLM(Engine(target, drafter), llm.tokenizer, llm.manifest, 0.0)
 
-    alone, guess = over(None), RandomDraft(target.model.vocab_size)
+    alone, guess = over(None), RandomDraft(llm.vocab_size)
     variants = [Variant("plain", 0, alone, None)]
     if draft:
         variants += [Variant("draft", length, llm, draft) for length in lengths]

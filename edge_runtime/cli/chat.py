@@ -143,7 +143,7 @@ class Conversation:
 
     def _comment(self, result: GenerationResult) -> None:
         """Say discreetly how fast it was, and why it ended early."""
-        metrics, limit = result.metrics, self._llm.engine.target.model.context_length
+        metrics, limit = result.metrics, self._llm.context_length
         used = metrics.prompt_tokens + metrics.new_tokens
         if sys.stderr.isatty():
             accepted = f"{metrics.acceptance_rate:.0%} of drafts accepted, " if metrics.proposed_tokens else ""
@@ -173,7 +173,7 @@ class Conversation:
 
     def _print_stats(self, _: str) -> None:
         if self._last:
-            console.print_stats(self._last.metrics, self._llm.models)
+            console.print_stats(self._last.metrics, self._llm.report())
         else:
             console.note("there is no answer yet")
 

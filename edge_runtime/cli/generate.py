@@ -16,7 +16,7 @@ from edge_runtime.metrics import Metrics
 
 if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM
-    from edge_runtime.decoding.engine import Token
+    from edge_runtime.decoding.request import Token
     from edge_runtime.text.stream import GenerationResult
 
 
@@ -57,7 +57,7 @@ def generate(
     else:
         console.write("\n")
     if stats:
-        console.print_stats(result.metrics, llm.models)
+        console.print_stats(result.metrics, llm.report())
     if result.finish_reason == "cancelled":
         raise typer.Exit(INTERRUPTED)
 
@@ -92,7 +92,7 @@ def _as_dict(result: GenerationResult, llm: EdgeLLM) -> dict[str, Any]:
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
         "metrics": result.metrics.as_dict(),
-        "models": llm.models,
+        "models": llm.report(),
     }
     if result.logprobs is not None:
         answer["logprobs"] = [_logprob(token, llm) for token in result.logprobs]

@@ -82,9 +82,7 @@ def train_draft(
         int | None, _option(_ALIGNMENT, "N", "Number of answers that the target writes; replaces --answer-tokens.")
     ] = None,
     max_new_tokens: Annotated[int, _option(_ALIGNMENT, "N", "Longest answer of the target, in tokens.")] = 256,
-    device: Annotated[
-        str, _option(_ALIGNMENT, "NAME", "Device on which the target writes its answers: CPU or GPU.")
-    ] = "CPU",
+    device: Annotated[str, _option(_ALIGNMENT, "NAME", "Device on which the target writes its answers.")] = "CPU",
     stages: Annotated[
         str, _option(TRAINING, "NAMES", "Stages to run, separated by commas: pretrain, continue, align.")
     ] = "pretrain,continue,align",

@@ -1,251 +1,269 @@
-"""Prefill, decode loop, stop rules: token ids in, tokens out. Knows no text.
+"""One step of many requests: read, draft, one forward of the target, verify, emit. Token ids in, tokens out; no text.
 
-Plain decoding is speculation with nothing drafted: there is one loop. Each step asks the draft sources in order, each
-with its own pacing, verifies what was drafted in one target forward, and emits one token after another, so that a stop
-rule or a consumer that leaves can end the request after any token. Nothing needs repair then: `CachedModel` knows
-which tokens it holds, and the next request keeps those that it shares.
+There is one loop. Plain decoding is speculation with nothing drafted, one request is a batch of one, and a prompt is a
+token that is due with others before it: each step gives the target what it has not read of each request, a chunk of it
+where it is long. Where that reaches the end, the request's sources of drafts are asked in order, each with its own
+pacing; what they draft goes into the same forward, and one token after another is emitted until a stop rule ends the
+request.
+
+One thread at a time steps an engine. All state of a request is in `Request`; here is only what requests share: the
+models, and what their steps were measured to cost.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 from edge_runtime.config import GenerationConfig
-from edge_runtime.decoding.drafters import Drafter, PromptLookup
-from edge_runtime.decoding.pacing import Pacing, TargetCosts
-from edge_runtime.decoding.sampling import Sampler, top_logprobs
+from edge_runtime.decoding.drafters.base import Drafter
+from edge_runtime.decoding.drafters.lookup import PromptLookup
+from edge_runtime.decoding.pacing import ALONE, Load, Pacing, TargetCosts
+from edge_runtime.decoding.request import Drafting, FinishReason, Request, Token
+from edge_runtime.decoding.sampling import top_logprobs
 from edge_runtime.decoding.speculative import NO_PROPOSAL, Proposal, VerifiedBlock, verify
-from edge_runtime.errors import ConfigError, ContextOverflowError, LogitsError
-from edge_runtime.metrics import Metrics
-from edge_runtime.models.base import CachedModel, Rows
+from edge_runtime.errors import LogitsError
+from edge_runtime.models.base import CausalModel, Output, Span
+
+RESERVED = 1024
+"""Tokens of an answer that memory is found for before it begins."""
 
 
-class Token(NamedTuple):
-    """One emitted token.
+class _Source:
+    """A source of drafts, and what the last request that ended has learned of it."""
+
+    def __init__(self, drafter: Drafter, costs: TargetCosts) -> None:
+        self.drafter, self.pacing = drafter, Pacing(costs)
+
+
+class _Part:
+    """One request's part in a step.
+
+    Args:
+        request: Whose.
+        token_ids: What the target is going to read of it.
 
     Attributes:
-        token_id: Its id.
-        is_drafted: Whether it was drafted and accepted, rather than drawn from the target.
-        logprob: Log-probability under the model's own distribution; None unless asked for.
-        top_logprobs: The most likely ids and their log-probabilities; None unless asked for.
+        is_prompt: Whether it belongs to the prompt, or to a text that is read again.
+        is_whole: Whether nothing is left to be read after it, so that the next token comes.
+        proposal: What is drafted to follow.
+        drafting: What drafted it; None where nothing was.
+        lag: Tokens that this had to read first.
+        draft_s: Seconds that it took.
+        load: What the other requests add to the step.
+        block: What is emitted; None before it is known, and where nothing is.
     """
 
-    token_id: int
-    is_drafted: bool
-    logprob: float | None = None
-    top_logprobs: list[tuple[int, float]] | None = None
+    __slots__ = (
+        "block", "draft_s", "drafting", "is_prompt", "is_whole", "lag", "load", "proposal", "request", "token_ids",
+    )  # fmt: skip
 
+    def __init__(self, request: Request, token_ids: list[int], is_prompt: bool, is_whole: bool) -> None:
+        self.request, self.token_ids = request, token_ids
+        self.is_prompt, self.is_whole = is_prompt, is_whole
+        self.proposal: Proposal = NO_PROPOSAL
+        self.drafting: Drafting | None = None
+        self.lag, self.draft_s, self.load = 0, 0.0, ALONE
+        self.block: VerifiedBlock | None = None
 
-class _Source(NamedTuple):
-    drafter: Drafter
-    pacing: Pacing
+    @property
+    def num_drafted(self) -> int:
+        return len(self.proposal.token_ids)
+
+    @property
+    def span(self) -> Span:
+        drafted = self.proposal.token_ids
+        return Span(self.request.sequence, self.token_ids + drafted, 1 + len(drafted))  # type: ignore[arg-type]
 
 
 class Engine:
-    """Generates token ids with a target and, if given, a drafter.
+    """Steps requests with a target and, if given, a drafter.
 
     Args:
-        target: The model whose answer is wanted.
+        target: The model whose answers are wanted.
         drafter: Drafts for it, mostly a `DraftModel`; prompt lookup needs none.
     """
 
-    def __init__(self, target: CachedModel, drafter: Drafter | None = None) -> None:
+    def __init__(self, target: CausalModel, drafter: Drafter | None = None) -> None:
         self.target, self.drafter = target, drafter
         self._costs = TargetCosts()
-        self._lookup = _Source(PromptLookup(), Pacing(self._costs))
-        self.current: _Request | None = None
-        self._draft = drafter and _Source(drafter, Pacing(self._costs))
+        self._lookup = _Source(PromptLookup(), self._costs)
+        self._draft = drafter and _Source(drafter, self._costs)
 
-    def generate(
-        self,
-        prompt_ids: list[int],
-        config: GenerationConfig,
-        stop_token_ids: Sequence[int] = (),
-        metrics: Metrics | None = None,
-        on_chunk: Callable[[int, int], None] | None = None,
-    ) -> Iterator[Token]:
-        """Yield tokens until a stop token (which is not yielded), `max_new_tokens` or the end of the context.
+    def can_draft(self, config: GenerationConfig) -> bool:
+        """Return whether a request with these options has a source of drafts."""
+        return bool(self._sources(config))
+
+    def open(self, request: Request) -> None:
+        """Give a request its share of the models; what is held already of its tokens is not computed again."""
+        sequence = request.sequence = self.target.sequence(request.token_ids)
+        sequence.reserve(min(request.end, len(request.token_ids) + RESERVED))
+        if not request.metrics.new_tokens:
+            request.metrics.reused_tokens = sequence.num_tokens
+        request.draftings = [
+            Drafting(source.drafter.open(request), source.pacing.for_request())
+            for source in self._sources(request.config)
+        ]
+
+    def close(self, request: Request) -> None:
+        """Take back a request's share; it may be opened again and goes on where it was."""
+        if request.sequence is None:
+            return
+        for source, drafting in zip(self._sources(request.config), request.draftings, strict=False):
+            source.pacing = drafting.pacing
+            drafting.draft.close()
+        request.draftings = []
+        sequence, request.sequence = request.sequence, None
+        sequence.close()
+
+    def finish(self, request: Request, reason: FinishReason, error: BaseException | None = None) -> None:
+        """End a request, and let its reader know."""
+        self.close(request)
+        request.error, request.finish_reason = error, reason
+        request.reader.wake(is_over=True)
+
+    def step(self, requests: Sequence[Request], prompt_tokens: int | None = None) -> None:
+        """Take one step of requests that are open; those that end in it are finished.
+
+        What fails for one request ends that one. What fails for all, such as the target's forward, is raised, and the
+        requests are as before.
 
         Args:
-            prompt_ids: At least one token.
-            config: The request's options.
-            stop_token_ids: Ids that end the answer.
-            metrics: Filled while running.
-            on_chunk: Called with tokens held and wanted before each chunk of the prompt; may raise to cancel.
-
-        Raises:
-            ConfigError: The prompt is empty.
-            ContextOverflowError: The prompt leaves no room for a token.
-            LogitsError: No token can be drawn; raised in the iteration, where the token would come.
+            requests: At least one; none is finished.
+            prompt_tokens: Most tokens of prompts that are read, all requests together; None for as many as the target
+                takes at once. Requests for which none are left are not stepped.
         """
-        check_prompt(prompt_ids, self.target.model.context_length)
-        return _Request(self, prompt_ids, config, stop_token_ids, metrics or Metrics(), on_chunk).run()
+        parts = self._parts(requests, prompt_tokens or self.target.chunk_size)
+        has_prompt = any(part.is_prompt for part in parts)
+        self._propose(parts, has_prompt)
+        began = time.perf_counter()
+        outputs = self.target.forward([part.span for part in parts])
+        for part, output in zip(parts, outputs, strict=True):
+            self._verify(part, output)
+        if not has_prompt:
+            self._learn(parts, time.perf_counter() - began)
+        for part, output in zip(parts, outputs, strict=True):
+            if part.block:
+                self._emit(part, part.block, output)
 
-    def sources(self, config: GenerationConfig) -> list[_Source]:
-        """Return the draft sources of a request, the one asked first first."""
+    def _sources(self, config: GenerationConfig) -> list[_Source]:
+        """Return the sources of drafts of a request, the one asked first first."""
         if config.num_draft_tokens == 0:
             return []
         sources = [self._lookup] if config.lookup else []
         return [*sources, self._draft] if self._draft else sources
 
-    def record_plain_step(self, seconds: float) -> None:
-        """Learn what a step with nothing drafted costs."""
-        self._costs.record(1, seconds)
+    def _parts(self, requests: Sequence[Request], prompt_tokens: int) -> list[_Part]:
+        parts = []
+        for request in requests:
+            unread = request.unread_ids
+            is_prompt = len(unread) > 1 or not request.metrics.new_tokens
+            if is_prompt:
+                if prompt_tokens <= 0:
+                    continue
+                request.reader.take_progress(len(request.token_ids) - len(unread), len(request.token_ids))
+                chunk = unread[: min(prompt_tokens, self.target.chunk_size)]
+                prompt_tokens -= len(chunk)
+                parts.append(_Part(request, chunk, True, len(chunk) == len(unread)))
+            else:
+                parts.append(_Part(request, unread, False, True))
+        return parts
 
-    def record_drafted_step(
-        self, source: _Source, width: int, accepted: int, draft_s: float, target_s: float, lag: int
-    ) -> None:
-        """Learn what a drafted step cost and brought."""
-        self._costs.record(width, target_s)
-        source.pacing.record(width - 1, accepted, draft_s, target_s, lag)
+    def _propose(self, parts: list[_Part], has_prompt: bool) -> None:
+        """Let the sources of each answer draft, one request after another, who know what the step has already."""
+        rows, tokens = 0, 0.0
+        for part in parts:
+            if part.is_prompt or not part.request.draftings:
+                continue
+            if len(parts) > 1:
+                part.load = Load(sum(len(each.token_ids) for each in parts) - 1 + rows, len(parts) - 1 + tokens)
+            self._ask(part, has_prompt)
+            if part.drafting and len(parts) > 1:
+                rows += part.num_drafted
+                tokens += part.drafting.pacing.expected_tokens(part.num_drafted) - 1
 
-
-class _Request:
-    """The state of one request."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        prompt_ids: list[int],
-        config: GenerationConfig,
-        stop_token_ids: Sequence[int],
-        metrics: Metrics,
-        on_chunk: Callable[[int, int], None] | None,
-    ) -> None:
-        self._started = time.perf_counter()
-        self._engine, self._target = engine, engine.target
-        self._config, self._stop, self._metrics, self._on_chunk = config, frozenset(stop_token_ids), metrics, on_chunk
-        self._ids = list(prompt_ids)
-        self._sampler = Sampler(config, prompt_ids)
-        self._sources = engine.sources(config)
-        self._is_done = False
-        room = self._target.model.context_length - len(prompt_ids)
-        self._end = len(prompt_ids) + min(config.max_new_tokens, room)
-        metrics.prompt_tokens = len(prompt_ids)
-
-    def run(self) -> Iterator[Token]:
-        """Prefill, then step until the end."""
-        rows = self._prefill()
-        while True:
-            yield from self._emit(rows)
-            if self._is_done:
-                return
-            rows = self._step()
-
-    def _prefill(self) -> Rows:
-        self._take_over()
-        self._target.model.reserve(min(self._end, len(self._ids) + 1024))
-        self._metrics.reused_tokens = self._target.align(self._ids)
-        rows = self._target.catch_up(self._ids, self._metrics.reused_tokens, self._on_chunk)
-        self._block = self._verify(rows, NO_PROPOSAL)
-        return rows
-
-    def _step(self) -> Rows:
-        """Draft, run the target once over the last token and the draft, and verify."""
-        if self._engine.current is not self:
-            self._resume()
-        begin = time.perf_counter()
-        proposal, source, lag = self._propose()
-        drafted_at = time.perf_counter()
-        width = 1 + len(proposal.token_ids)
-        rows = self._target.forward(self._ids[-1:] + proposal.token_ids, width)
-        self._block = self._verify(rows, proposal)
-        self._target.rollback(len(self._ids) + self._block.num_accepted)
-        end = time.perf_counter()
-        self._metrics.draft_s += drafted_at - begin
-        if source is None:
-            self._engine.record_plain_step(end - drafted_at)
-        else:
-            accepted = self._block.num_accepted
-            self._engine.record_drafted_step(source, width, accepted, drafted_at - begin, end - drafted_at, lag)
-        self._metrics.count_block(width - 1, self._block.num_accepted)
-        return rows
-
-    def _verify(self, rows: Rows, proposal: Proposal) -> VerifiedBlock:
-        try:
-            return verify(rows, proposal, self._sampler)
-        except LogitsError:
-            self._target.rollback(0)  # its keys and values may be NaN, and a later prompt may begin with these tokens
-            raise
-
-    def _resume(self) -> None:
-        """Read the sequence again, after another request used the models."""
-        self._take_over()
-        self._target.catch_up(self._ids[:-1], 0, self._on_chunk)
-
-    def _take_over(self) -> None:
-        """Use the models from now on; first of all, so that who used them knows it even where this is interrupted."""
-        self._engine.current = self
-        for source in self._sources:
-            source.drafter.start(self._ids)
-
-    def _propose(self) -> tuple[Proposal, _Source | None, int]:
-        """Ask the sources in turn; return the first draft with its source and the tokens it had to read before."""
-        remaining = self._end - len(self._ids)
-        for source in self._sources:
-            lag = source.drafter.lag(len(self._ids))
-            wanted = self._num_draft_tokens(source.pacing, remaining, lag)
+    def _ask(self, part: _Part, has_prompt: bool) -> None:
+        """Ask a request's sources in turn, and take the first draft that comes."""
+        request = part.request
+        began = time.perf_counter()
+        for drafting in request.draftings:
+            lag = drafting.draft.num_unread
+            wanted = self._num_draft_tokens(request, drafting.pacing, lag, part.load, has_prompt)
             if wanted > 0:
-                proposal = source.drafter.propose(self._ids, wanted, self._sampler)
+                proposal = drafting.draft.propose(wanted, request.sampler)
                 if proposal.token_ids:
-                    return proposal, source, lag
-        return NO_PROPOSAL, None, 0
+                    part.proposal, part.drafting, part.lag = proposal, drafting, lag
+                    break
+        part.draft_s = time.perf_counter() - began
+        request.metrics.draft_s += part.draft_s
 
-    def _num_draft_tokens(self, pacing: Pacing, remaining: int, lag: int) -> int:
+    @staticmethod
+    def _num_draft_tokens(request: Request, pacing: Pacing, lag: int, load: Load, has_prompt: bool) -> int:
         # The target adds one token of its own, so the last remaining one is never drafted.
-        config = self._config
+        config, remaining = request.config, request.end - len(request.token_ids)
         if config.num_draft_tokens != "auto":
             return min(config.num_draft_tokens, remaining - 1)
-        return pacing.choose(min(config.max_draft_tokens, remaining - 1), lag, remaining)
+        if has_prompt:  # whose rows fill the processor: each drafted one costs what it costs
+            return 0
+        return pacing.choose(min(config.max_draft_tokens, remaining - 1), lag, remaining, load)
 
-    def _emit(self, rows: Rows) -> Iterator[Token]:
-        """Yield the verified tokens up to a stop rule."""
-        # All of them first: while this request waits between two tokens, another may overwrite the model's rows.
-        tokens = [self._token(token_id, index, rows) for index, token_id in enumerate(self._block.token_ids)]
-        for token in tokens:
-            if token.token_id in self._stop:
-                self._is_done = True
-                return
-            self._ids.append(token.token_id)
-            self._count_token()
-            self._is_done = len(self._ids) >= self._end
-            yield token
-            if self._is_done:
-                return
+    def _verify(self, part: _Part, output: Output) -> None:
+        """Find what is emitted, and let the sequence hold nothing that is not."""
+        if not part.is_whole:
+            return
+        request = part.request
+        assert request.sequence is not None
+        try:
+            block = verify(output.logits, part.proposal, request.sampler)
+        except LogitsError as error:
+            request.sequence.rollback(0)  # keys and values may be NaN, and a later prompt may begin with these tokens
+            self.finish(request, "error", error)
+            return
+        if block.num_accepted < part.num_drafted:
+            request.sequence.rollback(len(request.token_ids) + block.num_accepted)
+        for drafting in request.draftings:
+            drafting.draft.observe(block, output)
+        part.block = block
 
-    def _token(self, token_id: int, index: int, rows: Rows) -> Token:
-        is_drafted = index < self._block.num_accepted
-        if self._config.logprobs is None:
-            return Token(token_id, is_drafted)
-        return Token(token_id, is_drafted, *top_logprobs(rows[index], token_id, self._config.logprobs))
+    def _learn(self, parts: list[_Part], seconds: float) -> None:
+        """Learn what a step without prompts cost and brought."""
+        rows = len(parts) + sum([part.num_drafted for part in parts])
+        self._costs.record(rows, seconds)
+        for part in parts:
+            if not part.block:
+                continue
+            accepted = part.block.num_accepted
+            part.request.metrics.count_block(part.num_drafted, accepted)
+            if part.drafting:
+                load = Load(rows - 1 - part.num_drafted, _num_emitted(parts, part)) if len(parts) > 1 else ALONE
+                part.drafting.pacing.record(part.num_drafted, accepted, part.draft_s, seconds, part.lag, load)
 
-    def _count_token(self) -> None:
-        metrics, elapsed = self._metrics, time.perf_counter() - self._started
-        metrics.new_tokens += 1
-        if metrics.new_tokens == 1:
-            metrics.ttft_s = elapsed
-        metrics.decode_s = elapsed - metrics.ttft_s
+    def _emit(self, part: _Part, block: VerifiedBlock, output: Output) -> None:
+        """Emit the verified tokens up to a stop rule."""
+        request = part.request
+        reason: FinishReason | None = None
+        try:
+            for index, token_id in enumerate(block.token_ids):
+                token = _token(request.config, token_id, index, block, output)
+                if token_id in request.stop_token_ids:
+                    request.stop_token, reason = token, "stop"
+                else:
+                    reason = request.emit(token)
+                if reason:
+                    self.finish(request, reason)
+                    return
+            request.reader.wake(is_over=False)
+        except Exception as error:  # noqa: BLE001 - the reader's, whose tokenizer fails: no other request does
+            self.finish(request, "error", error)
 
 
-def check_prompt(prompt_ids: list[int], context_length: int, longest: int | None = None) -> None:
-    """Refuse a prompt that cannot be answered.
+def _token(config: GenerationConfig, token_id: int, index: int, block: VerifiedBlock, output: Output) -> Token:
+    is_drafted = index < block.num_accepted
+    if config.logprobs is None:
+        return Token(token_id, is_drafted)
+    return Token(token_id, is_drafted, *top_logprobs(output.logits[index], token_id, config.logprobs))
 
-    Args:
-        prompt_ids: The prompt.
-        context_length: Tokens that the model holds as it was loaded.
-        longest: Tokens that it could hold; None if unknown.
 
-    Raises:
-        ConfigError: It is empty.
-        ContextOverflowError: It leaves no room for one token.
-    """
-    if not prompt_ids:
-        raise ConfigError("the prompt is empty", "give at least one character")
-    if len(prompt_ids) >= context_length:
-        load = f", or load the model with `context_length` up to {longest}" if (longest or 0) > context_length else ""
-        raise ContextOverflowError(
-            f"the prompt has {len(prompt_ids)} tokens, but the model's context holds {context_length}",
-            f"shorten it to at most {context_length - 1} tokens{load}",
-        )
+def _num_emitted(parts: Iterable[_Part], but: _Part) -> float:
+    """Return how many tokens the other parts of a step emit."""
+    return float(sum(len(part.block.token_ids) for part in parts if part.block and part is not but))

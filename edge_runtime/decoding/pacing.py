@@ -6,6 +6,10 @@ and takes K d + t(K + 1). `Pacing` takes the K of the best ratio. Where K = 0 is
 probe only when the probe's measured loss is at most MAX_LOSS of the time since the last one: drafting
 that does not pay costs a few per cent, whatever the prompt.
 
+Where other requests share the step, with r rows that emit s tokens on average, it emits s more tokens and takes
+K d + t(r + K + 1): everybody waits for a draft, and rows that a wide step does not give away cost what they cost. So
+drafts become shorter as the batch grows, and vanish where they no longer pay.
+
 Text comes in stretches that a draft knows and stretches that it does not, so acceptance after a block that was wholly
 accepted is learned apart from acceptance after any other.
 
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from typing import NamedTuple
 
 MAX_LOSS = 0.02
 """Share of time that probing may cost while drafting does not pay."""
@@ -38,6 +43,21 @@ MARGIN = 1.02
 """Drafting must promise this much over a plain step: a tie is not worth the risk."""
 STALL = 4.0
 """A step slower than expected by this factor was disturbed from outside: drafting does not pay for the rest."""
+
+
+class Load(NamedTuple):
+    """What other requests add to a step.
+
+    Attributes:
+        rows: Tokens that they give to the target.
+        tokens: Tokens that they emit on average.
+    """
+
+    rows: int = 0
+    tokens: float = 0.0
+
+
+ALONE = Load()
 
 
 class TargetCosts:
@@ -107,62 +127,106 @@ class _Acceptance:
             counts[position] = accepted + (position < num_accepted), drafted + 1
         self._counts = counts
 
+    def copy(self) -> _Acceptance:
+        """Return one that has seen the same."""
+        made = _Acceptance()
+        made._counts = self._counts
+        return made
+
     def forgive(self) -> None:
         """Forget most rejections: the text may have changed."""
         self._counts = [(accepted, accepted + (drafted - accepted) / 4) for accepted, drafted in self._counts]
 
 
+class DraftCosts:
+    """Seconds of a source of drafts: d for each drafted token, and those of reading what it has not read."""
+
+    def __init__(self) -> None:
+        self._drafted: deque[float] = deque(maxlen=9)
+        self._read: deque[float] = deque(maxlen=3)
+        self._is_warm = False
+        self.seconds = 0.0
+        self.seconds_to_read_one = 0.0  # the optimistic guess, before a long lag was measured
+
+    def record(self, num_drafted: int, draft_s: float, lag: int) -> None:
+        """Take one measured draft; the first one only warms the source up."""
+        if lag > num_drafted + 1:
+            self._read.append(max(0.0, draft_s - num_drafted * self.seconds) / lag)
+            self.seconds_to_read_one = median(self._read)
+        elif self._is_warm:
+            self._drafted.append(draft_s / num_drafted)
+            self.seconds = median(self._drafted)
+        self._is_warm = True
+
+
 class Pacing:
-    """Chooses K for one source of drafts.
+    """Chooses K for one source of drafts in one request.
 
     Args:
         costs: The target's costs, shared by all sources.
+        draft_costs: The source's, shared by all requests; None for new ones.
     """
 
-    def __init__(self, costs: TargetCosts) -> None:
+    def __init__(self, costs: TargetCosts, draft_costs: DraftCosts | None = None) -> None:
         self._costs = costs
-        self._draft_samples: deque[float] = deque(maxlen=9)
-        self._read_samples: deque[float] = deque(maxlen=3)
-        self._draft_seconds = 0.0
+        self._draft_costs = draft_costs or DraftCosts()
         self._overall = _Acceptance()
         self._after_whole = {False: _Acceptance(), True: _Acceptance()}
         self._was_whole = False
-        self._is_warm = False
         self._asleep = 0
         self._lost_s = 0.0
 
-    def choose(self, max_draft_tokens: int, lag: int = 0, remaining: int = 1 << 30) -> int:
+    def for_request(self) -> Pacing:
+        """Return a pacing for another request: it shares the costs, and begins with the acceptance learned here."""
+        made = Pacing(self._costs, self._draft_costs)
+        made._overall = self._overall.copy()
+        made._after_whole = {was: acceptance.copy() for was, acceptance in self._after_whole.items()}
+        made._was_whole, made._asleep, made._lost_s = self._was_whole, self._asleep, self._lost_s
+        return made
+
+    def choose(self, max_draft_tokens: int, lag: int = 0, remaining: int = 1 << 30, load: Load = ALONE) -> int:
         """Return K for the next step.
 
         Args:
             max_draft_tokens: Upper bound of K.
             lag: Tokens the draft has to read before it can draft.
             remaining: Tokens the request may still emit: a draft that must read much for little is not started.
+            load: What other requests add to the step.
         """
         if self._asleep > 1:
             self._asleep -= 1
             return 0
-        plain = self._costs.seconds(1)
-        if plain is None or max_draft_tokens <= 0:
+        if max_draft_tokens <= 0 or self._costs.seconds(load.rows + 1) is None:
             return 0
         if self._asleep == 1:
-            return self._wake(max_draft_tokens)
-        best, seconds_per_token = self.best(max_draft_tokens)
-        gain = remaining * (plain - seconds_per_token)
-        return best if gain > lag * self._seconds_to_read_one else 0
+            return self._wake(max_draft_tokens, load)
+        best, seconds = self.best(max_draft_tokens, load)
+        if best == 0 or lag == 0:
+            return best
+        gain = remaining * (self.best(0, load)[1] - seconds) * (load.tokens + 1)
+        return best if gain > lag * self._draft_costs.seconds_to_read_one else 0
 
-    def best(self, max_draft_tokens: int) -> tuple[int, float]:
-        """Return the K of the least expected seconds per token, and those seconds."""
-        plain = self._costs.seconds(1) or 0.0
+    def best(self, max_draft_tokens: int, load: Load = ALONE) -> tuple[int, float]:
+        """Return the K of the least expected seconds per token of the step, and those seconds."""
+        plain_s = self._costs.seconds(load.rows + 1) or 0.0
+        plain = plain_s / (load.tokens + 1)
         best, least = 0, plain / MARGIN
-        tokens, chance = 1.0, 1.0
+        tokens, chance = load.tokens + 1.0, 1.0
         for k, acceptance in enumerate(self.acceptances(max_draft_tokens), 1):
             chance *= acceptance
             tokens += chance
-            seconds = self._step_seconds(k, plain) / tokens
+            seconds = self._step_seconds(k, plain_s, load) / tokens
             if seconds < least:
                 best, least = k, seconds
         return (best, least) if best else (0, plain)
+
+    def expected_tokens(self, num_drafted: int) -> float:
+        """Return how many tokens a step with so many drafted ones emits on average."""
+        tokens, chance = 1.0, 1.0
+        for acceptance in self.acceptances(num_drafted):
+            chance *= acceptance
+            tokens += chance
+        return tokens
 
     def acceptances(self, count: int) -> list[float]:
         """Return, for each of the first `count` draft tokens, the chance of it once those before it were accepted.
@@ -178,53 +242,49 @@ class Pacing:
             chances.append(chance)
         return chances
 
-    def record(self, num_drafted: int, num_accepted: int, draft_s: float, target_s: float, lag: int = 0) -> None:
+    def record(
+        self,
+        num_drafted: int,
+        num_accepted: int,
+        draft_s: float,
+        target_s: float,
+        lag: int = 0,
+        load: Load = ALONE,
+    ) -> None:
         """Learn from one step.
 
         Args:
             num_drafted: K of the step, at least 1.
             num_accepted: How many of them were kept.
             draft_s: Seconds spent drafting.
-            target_s: Seconds of the target's forward and the verification.
+            target_s: Seconds of the target's forward and the verification, other requests' included.
             lag: Tokens the draft had to read before it could draft.
+            load: What other requests added to the step, their drafts included.
         """
-        self._record_draft_seconds(num_drafted, draft_s, lag)
+        self._draft_costs.record(num_drafted, draft_s, lag)
         for acceptance in (self._overall, self._after_whole[self._was_whole]):
             acceptance.observe(num_drafted, num_accepted)
         self._was_whole = num_accepted == num_drafted
-        plain = self._costs.seconds(1)
+        plain = self._costs.seconds(load.rows + 1)
         if plain is None:
             return
-        expected = lag * self._seconds_to_read_one + self._step_seconds(num_drafted, plain)
+        expected = lag * self._draft_costs.seconds_to_read_one + self._step_seconds(num_drafted, plain, load)
         spent = min(draft_s + target_s, STALL * expected)
-        self._lost_s = max(0.0, self._lost_s + spent - (1 + num_accepted) * plain)
-        if self.best(num_drafted + 1)[0] == 0:
+        self._lost_s = max(0.0, self._lost_s + spent - plain - num_accepted * plain / (load.tokens + 1))
+        if self.best(num_drafted + 1, load)[0] == 0:
             self._asleep = max(MIN_SLEEP, int(self._lost_s / (MAX_LOSS * plain)))
             self._lost_s = 0.0
 
-    def _wake(self, max_draft_tokens: int) -> int:
+    def _wake(self, max_draft_tokens: int, load: Load) -> int:
         """Probe, forgiving old rejections."""
         self._asleep = 0
         for acceptance in (self._overall, *self._after_whole.values()):
             acceptance.forgive()
-        return max(1, self.best(max_draft_tokens)[0])
+        return max(1, self.best(max_draft_tokens, load)[0])
 
-    def _step_seconds(self, num_drafted: int, plain: float) -> float:
-        """Return K d + t(K + 1)."""
-        return num_drafted * self._draft_seconds + (self._costs.seconds(num_drafted + 1) or plain)
-
-    @property
-    def _seconds_to_read_one(self) -> float:
-        """Seconds for the draft to read one token of a long lag; 0, the optimistic guess, before it was measured."""
-        return median(self._read_samples) if self._read_samples else 0.0
-
-    def _record_draft_seconds(self, num_drafted: int, draft_s: float, lag: int) -> None:
-        if lag > num_drafted + 1:
-            self._read_samples.append(max(0.0, draft_s - num_drafted * self._draft_seconds) / lag)
-        elif self._is_warm:
-            self._draft_samples.append(draft_s / num_drafted)
-            self._draft_seconds = median(self._draft_samples)
-        self._is_warm = True
+    def _step_seconds(self, num_drafted: int, plain: float, load: Load) -> float:
+        """Return K d + t(r + K + 1)."""
+        return num_drafted * self._draft_costs.seconds + (self._costs.seconds(load.rows + num_drafted + 1) or plain)
 
 
 def median(samples: Iterable[float]) -> float:

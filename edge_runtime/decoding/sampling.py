@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.config import GenerationConfig
+from edge_runtime.decoding.logits_processors import TokenCounts, processors_for
 from edge_runtime.decoding.noise import Noise
 from edge_runtime.errors import LogitsError
 
@@ -127,39 +128,6 @@ class Categorical:
         return aligned
 
 
-class TokenCounts:
-    """How often each token occurred: what the penalties need. Tokens of an unverified draft are pushed and popped."""
-
-    def __init__(self, prompt_ids: list[int]) -> None:
-        self._prompt = set(prompt_ids)
-        self._generated: dict[int, int] = {}
-
-    def push(self, token_id: int) -> None:
-        """Count one generated token."""
-        self._generated[token_id] = self._generated.get(token_id, 0) + 1
-
-    def pop(self, token_id: int) -> None:
-        """Forget one generated token."""
-        left = self._generated[token_id] - 1
-        if left:
-            self._generated[token_id] = left
-        else:
-            del self._generated[token_id]
-
-    def generated(self, limit: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return the distinct generated ids below `limit`, (N,), and their counts, (N,)."""
-        size = len(self._generated)
-        ids = np.fromiter(self._generated.keys(), np.int64, size)
-        counts = np.fromiter(self._generated.values(), np.float32, size)
-        fits = ids < limit  # a draft's row may be narrower than the target's
-        return ids[fits], counts[fits]
-
-    def seen(self, limit: int) -> NDArray[np.int64]:
-        """Return the distinct ids of prompt and answer below `limit`, (N,)."""
-        ids = np.array(sorted(self._prompt | self._generated.keys()), np.int64)
-        return ids[ids < limit]
-
-
 class Sampler:
     """One request's sampling state: options, position, token counts and randomness.
 
@@ -167,29 +135,29 @@ class Sampler:
         config: The request's options.
         prompt_ids: Tokens before the answer; the repetition penalty sees them too.
         random: Source of what is drawn without a seed, and by drafters of other kinds; None for one of its own.
+
+    Attributes:
+        processors: Change the logits of each position, in this order, before anything is drawn from them.
     """
 
     def __init__(self, config: GenerationConfig, prompt_ids: list[int], random: UniformSource | None = None) -> None:
         self.config = config
         self.random = random or Random(None if config.seed is None else f"{config.seed:x}")
+        self.processors = processors_for(config)
         self._noise = None if config.seed is None else Noise(config.seed)
         self._position = len(prompt_ids)
-        self._bias = {i: b for i, b in config.logit_bias.items() if b != 0}
-        self._has_penalty = (
-            config.repetition_penalty != 1 or config.presence_penalty != 0 or config.frequency_penalty != 0
-        )
         self._counts = TokenCounts(prompt_ids)
 
     def push(self, token_id: int) -> None:
         """Go on to the next position, after a token that was emitted or drafted."""
         self._position += 1
-        if self._has_penalty:
+        if self.processors:
             self._counts.push(token_id)
 
     def pop(self, token_id: int) -> None:
         """Go back over a drafted token."""
         self._position -= 1
-        if self._has_penalty:
+        if self.processors:
             self._counts.pop(token_id)
 
     def distribution(self, logits: Logits) -> Distribution:
@@ -201,7 +169,7 @@ class Sampler:
         Raises:
             LogitsError: The logits are NaN or infinite, or the options forbid every token.
         """
-        adjusted = self._adjusted(logits) if self._has_penalty or self._bias else logits
+        adjusted = self._processed(logits) if self.processors else logits
         best = int(adjusted.argmax())  # the first NaN, if there is one
         if not math.isfinite(adjusted[best]):
             raise _no_token(float(adjusted[best]), logits)
@@ -211,21 +179,11 @@ class Sampler:
             return PointMass(self._noise.winner(self._position, *_surviving(adjusted, self.config)))
         return filtered_distribution(adjusted, self.config)
 
-    def _adjusted(self, logits: Logits) -> Logits:
+    def _processed(self, logits: Logits) -> Logits:
         logits = logits.astype(np.float32, copy=True)
-        config = self.config
         with np.errstate(over="ignore", invalid="ignore"):  # judged by the largest logit that comes out
-            for token_id, bias in self._bias.items():
-                if token_id < len(logits):
-                    logits[token_id] += bias
-            if config.repetition_penalty != 1:
-                seen = self._counts.seen(len(logits))
-                values = logits[seen]
-                scale = np.float32(config.repetition_penalty)
-                logits[seen] = np.where(values > 0, values / scale, values * scale)
-            if config.presence_penalty or config.frequency_penalty:
-                ids, counts = self._counts.generated(len(logits))
-                logits[ids] -= np.float32(config.presence_penalty) + np.float32(config.frequency_penalty) * counts
+            for processor in self.processors:
+                processor.process(logits, self._counts)
         return logits
 
 

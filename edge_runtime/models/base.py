@@ -112,6 +112,9 @@ class CausalModel(Protocol):
     def token_kv_bytes(self) -> int:
         """Bytes that one more token takes in a sequence whose every layer sees everything."""
 
+    def close(self) -> None:
+        """Forget all sequences and give the memory back; the model is not used any more."""
+
     def report(self) -> dict[str, Any]:
         """Return how the model really runs: arithmetic and why, keys and values, threads, added properties."""
 

@@ -30,89 +30,162 @@ import openvino as ov
 
 from edge_runtime.devices import device_label
 from edge_runtime.errors import ContextOverflowError
-from edge_runtime.models.base import Rows
+from edge_runtime.models.base import Output, Rows, Sequence, Span, num_common
 from edge_runtime.models.plan import CompilePlan
 
 
-class StaticModel:
-    """One compiled decoder with a KV cache of static size for one sequence; implements `model.CausalModel`.
+class StaticSequence:
+    """Tokens of which the device has the keys and values; implements `base.Sequence`.
 
     Args:
-        compiled: A model that `loading.load_model` has compiled.
-        plan: How.
-        token_kv_bytes: Bytes that one token adds to the keys and values.
-        mlp: What runs its fused MLPs and why; None where it has none.
+        model: Whose device.
     """
 
-    def __init__(self, compiled: ov.CompiledModel, plan: CompilePlan, token_kv_bytes: int, mlp: str | None) -> None:
-        self._compiled, self._plan, self._mlp = compiled, plan, mlp
-        self.device, self.context_length = device_label(plan.device), plan.context_length
-        self._kv_bytes = self.context_length * token_kv_bytes
-        self.vocab_size = int(compiled.output("logits").get_partial_shape()[2].get_length())
-        self.num_tokens = 0
-        self._step_tokens, self._chunk_tokens = plan.step_tokens, plan.chunk_size
-        self._open_request()
-        self._step_s = self._chunk_s = 0.0
-        self._ids: list[int] = []
-        self._unstepped = 0
-        self.chunk_size = self._chunk_tokens if self._kept else self.context_length
+    def __init__(self, model: StaticModel) -> None:
+        self._model = model
 
-    def forward(self, token_ids: list[int], num_rows: int) -> Rows:
-        """Append T tokens and return the logits of the last `num_rows`, (num_rows, V): valid until the next call.
+    @property
+    def token_ids(self) -> list[int]:
+        """Ids of the tokens held: none any more once another sequence has taken the place."""
+        return self._model.held_by(self)
 
-        Raises:
-            ContextOverflowError: The context does not hold them.
-        """
-        end = self.num_tokens + len(token_ids)
-        if end > self.context_length:
-            raise ContextOverflowError(
-                f"{end} tokens do not fit the NPU's context of {self.context_length}",
-                "shorten the prompt, or load the model with a larger `context_length`",
-            )
-        self._ids[self.num_tokens :] = token_ids
-        begin, prompt_end = self.num_tokens, end - (num_rows - 1)
-        parts = []
-        if self._can_read_on(begin, prompt_end):
-            parts, begin = [self._read_on(begin, prompt_end).copy()], prompt_end
-        elif self._begins_anew(end, num_rows):
-            begin = 0
-        if begin == 0 and (self._has_nan or self._is_lost):
-            self._open_request()
-        parts += [self._infer(*span).copy() for span in self._spans(begin, end, num_rows)]
-        self.num_tokens = end
-        return np.concatenate(parts)[-num_rows:]
+    @property
+    def num_tokens(self) -> int:
+        """Tokens held."""
+        return len(self.token_ids)
 
     def rollback(self, num_tokens: int) -> int:
-        """Keep the first `num_tokens` tokens and forget the rest; return how many are kept."""
-        self.num_tokens = min(self.num_tokens, num_tokens)
+        """Keep the first `num_tokens` tokens and forget the rest; return how many are kept.
+
+        After NaN none are: a step reads all of the context, where 0 times NaN is NaN behind the mask too.
+        """
+        if num_tokens < self.num_tokens:
+            del self.token_ids[0 if self._model.has_nan else num_tokens :]
         return self.num_tokens
 
     def reserve(self, num_tokens: int) -> None:
         """Do nothing: the memory was taken when the model was compiled."""
 
+    def close(self) -> None:
+        """Hold nothing any more; a new sequence that begins alike finds what the device still has."""
+        self._model.release(self)
+
+
+class StaticModel:
+    """One compiled decoder with keys and values of static size for one sequence; implements `base.CausalModel`.
+
+    A sequence that another has taken the place of holds nothing; it takes the place back when it is continued.
+
+    Args:
+        compiled: A model that `loading.load_model` has compiled.
+        plan: How it was compiled.
+        token_kv_bytes: Bytes that one token adds to the keys and values.
+        mlp: What runs its fused MLPs and why; None where it has none.
+
+    Attributes:
+        has_nan: Whether keys and values on the device may be NaN.
+    """
+
+    max_sequences = 1
+
+    def __init__(self, compiled: ov.CompiledModel, plan: CompilePlan, token_kv_bytes: int, mlp: str | None) -> None:
+        self._compiled, self._plan, self._mlp = compiled, plan, mlp
+        self.device, self.context_length = device_label(plan.device), plan.context_length
+        self.token_kv_bytes = token_kv_bytes
+        self.vocab_size = int(compiled.output("logits").get_partial_shape()[2].get_length())
+        self._step_tokens, self._chunk_tokens = plan.step_tokens, plan.chunk_size
+        self._step_s = self._chunk_s = 0.0
+        self._owner: Sequence | None = None
+        self._held: list[int] = []
+        self._open_request()
+        self.chunk_size = self._chunk_tokens if self._kept else self.context_length
+
+    def sequence(self, token_ids: list[int] | None = None) -> StaticSequence:
+        """Return a new sequence, which takes the place of the one before and what the device has of `token_ids`."""
+        ids = token_ids or []
+        count = 0 if self.has_nan else min(num_common(self._held, ids), max(0, len(ids) - 1))
+        made = StaticSequence(self)
+        self._owner, self._held = made, self._held[:count]
+        return made
+
+    def forward(self, spans: list[Span]) -> list[Output]:
+        """Append tokens to a sequence; return its output.
+
+        Where the device fails, the sequence holds nothing any more, since what it held may be overwritten.
+
+        Raises:
+            ContextOverflowError: The context does not hold them.
+        """
+        ((sequence, token_ids, num_rows),) = spans
+        end = sequence.num_tokens + len(token_ids)
+        if end > self.context_length:
+            raise ContextOverflowError(
+                f"{end} tokens do not fit the NPU's context of {self.context_length}",
+                "shorten the prompt, or load the model with a larger `context_length`",
+            )
+        if sequence is not self._owner:
+            self._owner, self._held = sequence, []
+        begin = len(self._held)
+        self._held += token_ids
+        try:
+            return [Output(self._compute(begin, end, num_rows))]
+        except BaseException:
+            self._held.clear()
+            self._is_lost = True
+            raise
+
+    def held_by(self, sequence: Sequence) -> list[int]:
+        """Return the ids that the device holds of a sequence, to be cut and not to be extended."""
+        return self._held if sequence is self._owner else []
+
+    def release(self, sequence: Sequence) -> None:
+        """Take what the device holds from a sequence, for the next one."""
+        if sequence is self._owner:
+            self._owner = None
+
+    def close(self) -> None:
+        """Give the memory back; the model is not used any more."""
+        self._owner, self._held = None, []
+        for name in ("_request", "_kept", "_compiled"):
+            vars(self).pop(name, None)
+
     @property
     def kv_bytes(self) -> int:
         """Bytes of the keys and values of a full context."""
-        return self._kv_bytes
+        return self.context_length * self.token_kv_bytes
 
-    @property
-    def properties(self) -> dict[str, Any]:
-        """What is really used, for reports."""
+    def report(self) -> dict[str, Any]:
+        """Return how the model really runs: arithmetic and why, partitioning, fused MLPs, added properties."""
+        added = self._plan.added_properties
         return {
             "device": self.device,
             "inference_precision_hint": "f16",
             "kv_cache_precision": "f16",
             "reason": self._plan.reason,
             "npuw_online_pipeline": str(self._compiled.get_property("NPUW_ONLINE_PIPELINE")),
+            "kv_bytes": self.kv_bytes,
             **({"mlp": self._mlp} if self._mlp else {}),
-            **({"properties": self._plan.added_properties} if self._plan.added_properties else {}),
+            **({"properties": added} if added else {}),
         }
 
-    def _begins_anew(self, end: int, num_rows: int) -> bool:
-        """Whether to compute all `end` tokens again rather than those after the ones held."""
-        if self.num_tokens < self._unstepped:
+    def _compute(self, begin: int, end: int, num_rows: int) -> Rows:
+        """Compute the tokens held from `begin` on, or all of them if that costs less; return the last `num_rows`."""
+        parts = []
+        prompt_end = end - (num_rows - 1)
+        if self._can_read_on(begin, prompt_end):
+            parts, begin = [self._read_on(begin, prompt_end).copy()], prompt_end
+        elif self._begins_anew(begin, end, num_rows):
+            begin = 0
+        if begin == 0 and (self.has_nan or self._is_lost):
+            self._open_request()
+        parts += [self._infer(*span).copy() for span in self._spans(begin, end, num_rows)]
+        return np.concatenate(parts)[-num_rows:]
+
+    def _begins_anew(self, begin: int, end: int, num_rows: int) -> bool:
+        """Whether to compute all `end` tokens again rather than those from `begin` on."""
+        if begin < self._unstepped:
             return True
-        num_steps = _calls(end - self.num_tokens, self._step_tokens)
+        num_steps = _calls(end - begin, self._step_tokens)
         saved_steps = num_steps - _calls(num_rows - 1, self._step_tokens)
         return num_steps > 1 and _calls(end, self._chunk_tokens) * self._chunk_s < saved_steps * self._step_s
 
@@ -125,12 +198,13 @@ class StaticModel:
             yield first, min(first + self._step_tokens, end)
 
     def _open_request(self) -> None:
-        """Begin with empty keys and values: a step reads all of the context, where NaN stays NaN behind the mask."""
+        """Begin with empty keys and values."""
         self._request = self._compiled.create_infer_request()
         self._request.set_tensor("beam_idx", ov.Tensor(np.zeros(1, np.int32)))
         has_chunks = self._chunk_tokens < self.context_length
         self._kept = _kept_tokens(self._compiled, self._request) if has_chunks else None
-        self._has_nan = self._is_lost = False
+        self.has_nan = self._is_lost = False
+        self._unstepped = 0
 
     def _can_read_on(self, begin: int, end: int) -> bool:
         """Whether tokens `begin` to `end` go on with a prompt that ends there, for less than they cost as steps."""
@@ -144,7 +218,6 @@ class StaticModel:
         """Compute tokens `begin` to `end` as the continuation of a prompt; return the last one's row."""
         self._infer(begin, min(begin + self._step_tokens, end))
         assert self._kept is not None
-        self._is_lost, self._unstepped = True, self.context_length  # should it fail, the next call begins anew
         self._kept.state = ov.Tensor(np.array([begin], np.int64))
         if int(self._kept.state.data[0]) == begin:
             return self._run(begin, end, is_prompt=True)
@@ -159,16 +232,14 @@ class StaticModel:
         width = end - begin
         mask = np.zeros((1, end if is_prompt else self.context_length + width), np.int64)
         mask[:, :begin] = mask[:, -width:] = 1
-        self._request.set_tensor("input_ids", ov.Tensor(np.array([self._ids[begin:end]], np.int64)))
+        self._request.set_tensor("input_ids", ov.Tensor(np.array([self._held[begin:end]], np.int64)))
         self._request.set_tensor("position_ids", ov.Tensor(np.array([range(begin, end)], np.int64)))
         self._request.set_tensor("attention_mask", ov.Tensor(mask))
-        self._is_lost, self._unstepped = True, self.context_length  # should it fail, the next call begins anew
         started = time.perf_counter()
         self._request.infer(share_outputs=True)
         self._learn(time.perf_counter() - started, begin, end if is_prompt else 0)
         rows: Rows = self._request.get_tensor("logits").data[0][-1 if is_prompt else -width :]
-        self._has_nan |= bool(np.isnan(rows[:, 0]).any())  # a hidden state with NaN makes every logit NaN
-        self._is_lost = False
+        self.has_nan |= bool(np.isnan(rows[:, 0]).any())  # a hidden state with NaN makes every logit NaN
         return rows
 
     def _learn(self, seconds: float, begin: int, prompt_tokens: int) -> None:

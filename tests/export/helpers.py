@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from edge_export.quiet import quiet
 from edge_runtime.config import LoadConfig
 from edge_runtime.manifest import MODEL_NAME, load_manifest
+from edge_runtime.models.base import advance
 from edge_runtime.models.loading import load_model
 from edge_runtime.text.tokenizer import Tokenizer
 from tests.tiny_models import SENTENCES
@@ -32,7 +33,8 @@ def runtime_logits(folder: Path, token_ids: list[int], *, parts: int = 3) -> NDA
     """Return (T, V) logits of the runtime's own model class in f32, the prompt fed in `parts` forwards."""
     model = load_model(folder, load_manifest(folder), LoadConfig(precision="f32"))
     pieces = [piece.tolist() for piece in np.array_split(token_ids, parts)]
-    return np.concatenate([model.forward(piece, len(piece)).copy() for piece in pieces])
+    sequence = model.sequence()
+    return np.concatenate([advance(model, sequence, piece, len(piece)).copy() for piece in pieces])
 
 
 def write_shuffled(path: Path, repeats: int) -> Path:

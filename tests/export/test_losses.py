@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from edge_export import output_loss
-from edge_export.fastdraft.answers import Teacher
-from edge_export.fastdraft.losses import LOSSES, WRITTEN, alignment_loss, needs_teacher
+from edge_export.fastdraft.answer_windows import WRITTEN, Teacher
+from edge_export.fastdraft.losses import LOSSES, alignment_loss, needs_teacher
 from edge_export.quiet import quiet
 from edge_runtime.errors import ConfigError
 

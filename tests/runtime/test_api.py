@@ -111,6 +111,19 @@ def test_stop_string_ends_the_answer_wherever_blocks_end(llm, plain, num_draft_t
             assert result.finish_reason == "stop"
 
 
+def test_the_stop_token_that_ended_an_answer_is_told_and_is_none_of_its_tokens(llm):
+    """Whoever trains on answers lost where they end, and the distribution there."""
+    whole = llm.generate(PROMPT, max_new_tokens=8, logprobs=3)
+    last = whole.logprobs[5]
+    stopped = llm.generate(PROMPT, max_new_tokens=8, logprobs=3, stop_token_ids=[last.token_id])
+    at = whole.token_ids.index(last.token_id)
+    assert (stopped.token_ids, stopped.finish_reason) == (whole.token_ids[:at], "stop")
+    assert stopped.stop_token.token_id == last.token_id
+    assert stopped.stop_token.top_logprobs == whole.logprobs[at].top_logprobs
+    assert whole.stop_token is None
+    assert llm.generate(PROMPT, max_new_tokens=8, stop=LETTERS[last.token_id]).stop_token is None
+
+
 def test_stop_string_that_never_completes_is_shown_at_the_end(llm, plain):
     """Text that was held back because a stop string might have begun."""
     text = plain.generate(PROMPT, max_new_tokens=12).text
@@ -339,7 +352,7 @@ def test_answer_after_nan_keys_is_that_of_a_fresh_model(attention, precision):
     ids, options = list(range(300, 380)), {"max_new_tokens": 12, "ignore_eos": True}
     stream = llm.stream(ids, **options)
     next(stream)
-    for tensor in llm.engine.target.model.cache.tensors:
+    for tensor in llm.target.cache.tensors:
         tensor.data.view(np.uint8)[...] = 0xFF
     with pytest.raises(LogitsError, match="the model's largest logit is nan"):
         stream.finish()

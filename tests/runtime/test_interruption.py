@@ -1,44 +1,38 @@
-"""Ctrl-C raises wherever it comes: whatever it interrupts, the next answer is that of a model that has seen nothing.
+"""Ctrl-C raises wherever it comes in the thread that reads: whatever it interrupts, only that request ends.
 
-It is raised at each line of ours that a request runs, once where the line runs first and once where it runs last. Not
-where a `with` statement ends: Python looks for signals where calls return and loops turn, and nothing of that lies
-between the block and the exit of a lock.
+It is raised at each line of ours that this thread runs for a request, once where the line runs first and once where it
+runs last. Not where a `with` statement ends: Python looks for signals where calls return and loops turn, and nothing of
+that lies between the block and the exit of a lock. Nor in `__del__`, out of which Python raises nothing. The engine's
+thread gets no signals.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import linecache
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import openvino as ov
 import pytest
 
 import edge_runtime
 from edge_runtime.api import EdgeLLM
-from edge_runtime.config import GenerationConfig, LoadConfig
-from edge_runtime.decoding.batch import write_batch
-from edge_runtime.manifest import load_manifest
-from edge_runtime.models.attention import AttentionPattern, LayerPattern
-from edge_runtime.models.base import CachedModel, CausalModel
-from edge_runtime.models.loading import load_model
-from edge_runtime.models.paged import PagedModel
-from edge_runtime.text.stream import TextStream
-from tests.runtime import npuw
 from tests.runtime.fakes import blended_table, make_engine, make_llm, random_table
-from tests.tiny_models import SENTENCES
 
-OURS = str(Path(edge_runtime.__file__).parent)
+ROOT = Path(edge_runtime.__file__).parent
+OURS = tuple(str(ROOT / name) for name in ("api.py", "forks.py", "decoding", Path("text", "stream.py")))
+"""What a request goes through; options, templates and tokenizers hold nothing of one."""
 TARGET = random_table(24, 1)
 DRAFT = blended_table(TARGET, random_table(24, 2), 0.4)
 TIMEOUT_S = 20.0
+OPTIONS: dict[str, Any] = {"max_new_tokens": 5, "num_draft_tokens": 2, "lookup": True}
+LONG = {**OPTIONS, "max_new_tokens": 60}
+"""More than is written ahead of a reader."""
 
 WHICH: dict[str, Callable[[int], tuple[int, ...]]] = {
     "first": lambda count: (0,),
@@ -67,9 +61,11 @@ class Interrupter:
             assert self._place
         finally:
             sys.settrace(before)
+            self._entered.clear()  # frames hold streams
 
     def _enter(self, frame: Any, event: str, arg: Any) -> Any:
-        return self._step if frame.f_code.co_filename.startswith(OURS) else None
+        is_ours = frame.f_code.co_filename.startswith(OURS) and frame.f_code.co_name != "__del__"
+        return self._step if is_ours else None
 
     def _step(self, frame: Any, event: str, arg: Any) -> Any:
         if event == "line" and not self._ends_with_statement(frame):
@@ -103,112 +99,95 @@ def places(work: Callable[[], Any], which: str = "both") -> list[Place]:
     return sorted({(*line, at) for line, count in noting.seen.items() for at in WHICH[which](count)})
 
 
-def in_thread(work: Callable[[], Any]) -> Any:
-    """Return what work returns in another thread: a turn that is held for ever shows only there."""
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
-    thread.start()
-    thread.join(TIMEOUT_S)
-    assert results, "it waits for ever"
-    return results[0]
+def read(llm: EdgeLLM) -> None:
+    with llm.stream("abqrs", **LONG) as stream:
+        next(stream), next(stream)
 
 
-@pytest.mark.parametrize(("which", "seed"), [("first", None), ("last", 1)])
-def test_an_interrupted_request_leaves_nothing_to_repair(tmp_path, which, seed):
-    """Two of 400 next answers were silently wrong: a token was computed, and not yet known to be held."""
-    options: dict[str, Any] = {"num_draft_tokens": 2, "lookup": True, "temperature": 0.7 if seed else 0, "seed": seed}
-    fresh = make_llm(tmp_path, make_engine(TARGET, DRAFT))
-    wanted = fresh.generate("abcabcx", max_new_tokens=8, **options).text
+def read_unclosed(llm: EdgeLLM) -> None:
+    for number, _ in enumerate(llm.stream("abcab", **LONG)):
+        if number == 3:
+            break
+
+
+def poll(llm: EdgeLLM) -> None:
+    stream = llm.stream("abcab", on_prefill=lambda done, wanted: None, **OPTIONS)
+    try:
+        while True:
+            if stream.poll() is None:
+                time.sleep(0.0005)
+    except StopIteration:
+        pass
+    assert stream.result.finish_reason == "length"
+
+
+def cancel(llm: EdgeLLM) -> None:
+    stream = llm.stream("abcab", **LONG)
+    next(stream)
+    stream.cancel()
+    stream.close()
+
+
+USES: dict[str, Callable[[EdgeLLM], Any]] = {
+    "generate": lambda llm: llm.generate("abcabcabqrs", **OPTIONS),
+    "generate_many": lambda llm: llm.generate_many(["abcab", "x"], max_new_tokens=2, seed=1),
+    "read": read,
+    "read, not closed": read_unclosed,
+    "poll": poll,
+    "cancel": cancel,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_an_interrupted_reader_leaves_nothing_behind(tmp_path, use):
+    """The next answer is right, at once, and neither a thread nor a request nor a sequence stays."""
+    wanted = make_llm(tmp_path, make_engine(TARGET, DRAFT)).generate("abcabcx", **OPTIONS).text
     llm = make_llm(tmp_path, make_engine(TARGET, DRAFT, chunk_size=4))
 
-    def request() -> None:
-        llm.chat("abcabcabqrs", max_new_tokens=5, **options)
+    def work() -> None:
+        USES[use](llm)
 
-    for place in places(request, which):
-        Interrupter(place).run(request)
-        assert in_thread(lambda: llm.generate("abcabcx", max_new_tokens=8, **options).text) == wanted, place
-
-
-def test_a_stream_goes_on_after_another_was_interrupted(tmp_path):
-    """Whoever had begun to use the models had to say so first, or this one would not read its sequence again."""
-    options: dict[str, Any] = {"max_new_tokens": 12, "num_draft_tokens": 2}
-    llm = make_llm(tmp_path, make_engine(TARGET, DRAFT))
-    wanted = llm.generate("abcab", **options).text
-
-    def begin() -> list[TextStream]:
-        streams = [llm.stream("abqrs", **options), llm.stream("abcab", **options)]
-        for stream in streams:
-            next(stream), next(stream), next(stream), next(stream)
-        return streams
-
-    def resume(streams: list[TextStream]) -> Callable[[], Any]:
-        return lambda: next(streams[0])
-
-    for place in places(resume(begin())):
-        streams = begin()
-        Interrupter(place).run(resume(streams))
-        assert streams[1].finish().text == wanted, place
+    for place in places(work):
+        Interrupter(place).run(work)
+        assert answer_in_thread(llm) == wanted, place
+        wait_until(lambda: is_idle(llm), place)
 
 
-BLOCKS = AttentionPattern.of_layers([LayerPattern(window=16), LayerPattern(window=32, stride=2)], 16)
+def test_an_interrupted_reader_disturbs_no_other(tmp_path):
+    """Another stream is half read, and goes on."""
+    llm = make_llm(tmp_path, make_engine(TARGET, DRAFT, chunk_size=4))
+    wanted = llm.generate("abcab", **LONG).text
+
+    def work() -> None:
+        llm.generate("abqrs", **OPTIONS)
+
+    for place in places(work, "last"):
+        other = llm.stream("abcab", **LONG)
+        next(other), next(other)
+        Interrupter(place).run(work)
+        assert other.finish().text == wanted, place
 
 
-def with_blocks(folder: Path) -> PagedModel:
-    manifest = dataclasses.replace(load_manifest(folder), attention=BLOCKS)
-    return load_model(folder, manifest, LoadConfig(precision="f32"))
+def answer_in_thread(llm: EdgeLLM) -> str:
+    """Return an answer that another thread asks for: what waits for ever fails here."""
+    texts: list[str] = []
+    thread = threading.Thread(target=lambda: texts.append(llm.generate("abcabcx", **OPTIONS).text), daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    assert texts, "it waits for ever"
+    return texts[0]
 
 
-KINDS: dict[str, tuple[Callable[[Path], CausalModel], Callable[[Path], CausalModel], float]] = {
-    "stock": (npuw.reference, npuw.reference, 1e-3),
-    "block_sparse": (with_blocks, with_blocks, 1e-3),
-    "static": (npuw.load, npuw.reference, npuw.KEYS_IN_F16),
-}
-"""How the model, and one that nothing interrupts, are made, and by how much their logits may differ."""
+def is_idle(llm: EdgeLLM) -> bool:
+    scheduler, models = llm._scheduler, (llm.target, llm.drafter.model)
+    requests = [*scheduler._live, *scheduler._waiting, *scheduler._arriving]
+    sequences = [sequence for model in models for sequence in model.open_sequences]
+    threads = [thread for thread in threading.enumerate() if thread.name == "edge-run engine"]
+    return not (requests or sequences or threads)
 
 
-@pytest.mark.kernels
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_interrupted_model_computes_what_a_fresh_one_does(tiny_ir, monkeypatch, kind):
-    """Growing, freeing blocks, binding tensors, rolling back: each may be left half done."""
-    monkeypatch.setenv("EDGE_NPUW_DEVICES", "CPU")
-    make, make_fresh, tolerance = KINDS[kind]
-    model, fresh = CachedModel(make(tiny_ir("llama")), 48), CachedModel(make_fresh(tiny_ir("llama")), 48)
-    ids = npuw.random_ids(150)
-
-    def walk() -> None:
-        model.catch_up(ids[:60])
-        model.forward(ids[60:65], 5)
-        model.rollback(62)
-        model.forward(ids[62:64], 1)
-        model.catch_up([*ids[:20], *ids[80:110]])
-
-    wanted = {length: fresh.catch_up(ids[:length]).copy() for length in (30, 66)}
-    for number, place in enumerate(places(walk)):
-        Interrupter(place).run(walk)
-        length = (30, 66)[number % 2]
-        np.testing.assert_allclose(model.catch_up(ids[:length]), wanted[length], atol=tolerance, err_msg=str(place))
-
-
-def test_an_interrupted_wait_is_made_good(tiny_ir, monkeypatch):
-    """Between starting an inference and waiting for it: the next request found it busy."""
-    llm = EdgeLLM.load(tiny_ir("llama"), precision="f32")
-    wanted = llm.generate(SENTENCES[0], max_new_tokens=5, ignore_eos=True).token_ids
-    model = llm.engine.target.model
-    model._is_inline = False
-
-    def interrupted(request: ov.InferRequest) -> None:
-        monkeypatch.undo()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ov.InferRequest, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(SENTENCES[1], max_new_tokens=5, ignore_eos=True)
-    assert llm.generate(SENTENCES[0], max_new_tokens=5, ignore_eos=True).token_ids == wanted
-
-
-def test_a_request_after_a_batch_is_that_of_a_fresh_model(tiny_ir):
-    """A batch overwrote the sequence that the model went on to reuse."""
-    llm = EdgeLLM.load(tiny_ir("llama"), precision="f32")
-    wanted = llm.generate(SENTENCES[0], max_new_tokens=8, ignore_eos=True).token_ids
-    write_batch(llm.engine.target.model, [[5, 6, 7], [8, 9]], [GenerationConfig(max_new_tokens=9)] * 2)
-    assert llm.generate(SENTENCES[0], max_new_tokens=8, ignore_eos=True).token_ids == wanted
+def wait_until(is_true: Callable[[], bool], place: Place) -> None:
+    end = time.monotonic() + TIMEOUT_S
+    while not is_true():
+        assert time.monotonic() < end, place
+        time.sleep(0.0005)

@@ -23,20 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edge_export.corpus import Windows
-from edge_export.fastdraft.losses import WRITTEN
 from edge_runtime import strict_json
-from edge_runtime.devices import check_device
-from edge_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
     from edge_runtime.api import EdgeLLM
-    from edge_runtime.decoding.batch import BatchAnswer
+    from edge_runtime.text.stream import GenerationResult
 
 TEMPERATURES = (0.6, 0.8, 1.0, 0.0)
 """Answers are spread evenly over these (FastDraft, section 3.3); 0 is greedy."""
@@ -44,8 +35,8 @@ OPENING_TOKENS = 8
 """A text that the target writes from nothing begins with so many tokens drawn at temperature 1: greedy ones would all
 be the same text."""
 BATCH = 16
-"""Answers of one batch; where memory is short they are written in parts. With a target of 9 M parameters, two processes
-and 16 likely tokens kept of each: 2 600 tokens/s, one answer at a time 900 (2 cores, AVX2)."""
+"""Answers of one batch, stepped together as far as memory allows. With a target of 9 M parameters, two processes and 16
+likely tokens kept of each: 2 600 tokens/s, one answer at a time 900 (2 cores, AVX2)."""
 SMALL = 100_000_000
 """Parameters up to which several processes write at once, one a core; a larger target keeps all cores busy itself."""
 MAX_INSTRUCTION_TOKENS = 256
@@ -156,19 +147,6 @@ def _answers(batches: Sequence[Batch], config: AnswerConfig) -> Generator[dict[s
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def check_writes_on(device: str) -> None:
-    """Refuse a device that the answers cannot be written on, before hours of training lead up to them.
-
-    Raises:
-        DeviceError: It is not there.
-        ConfigError: It is an NPU, which computes one sequence at a time.
-    """
-    if check_device(device).startswith("NPU"):
-        raise ConfigError(
-            f"device is {device}, but the target can write its answers only on CPU or GPU", "leave out --device"
-        )
-
-
 _config: AnswerConfig
 _worker: _Writer | None = None
 
@@ -199,61 +177,38 @@ class _Writer:
 
     def __init__(self, config: AnswerConfig, num_threads: int = 0) -> None:
         from edge_runtime.api import EdgeLLM
-        from edge_runtime.models.paged import PagedModel
 
         self._config = config
-        self._llm: EdgeLLM = EdgeLLM.load(config.model, device=config.device, num_threads=num_threads)
-        model = self._llm.engine.target.model
-        assert isinstance(model, PagedModel), "check_writes_on lets no other device pass"
-        self._model = model
+        # Nothing is kept of earlier batches: they are others where a run goes on, and rounding would differ.
+        self._llm = EdgeLLM.load(config.model, device=config.device, num_threads=num_threads, prefix_cache_bytes=0)
 
     def write(self, batch: Batch) -> list[dict[str, Any]]:
-        """Return the answers, as their lines are to say."""
+        """Return the answers as lines of the file."""
         config, prompts = self._config, self._prompts(batch)
-        temperatures = [temperature_of(job.number, config.temperatures) for job in batch]
-        made = self._continue(prompts, batch, temperatures, config.max_new_tokens, config.top)
-        answers = [
-            {"index": job.number, "temperature": heat, "prompt_ids": ids, "answer_ids": answer.token_ids}
-            for job, heat, ids, answer in zip(batch, temperatures, prompts, made, strict=True)
+        heats = [temperature_of(job.number, config.temperatures) for job in batch]
+        made = self._continue(prompts, batch, heats, max_new_tokens=config.max_new_tokens, logprobs=config.top or None)
+        return [
+            {"index": job.number, "temperature": heat, "prompt_ids": ids, **_written(answer)}
+            for job, heat, ids, answer in zip(batch, heats, prompts, made, strict=True)
         ]
-        if config.top:
-            for line, answer in zip(answers, made, strict=True):
-                line["top"] = [[[i, round(p, 4)] for i, p in some] for some in answer.top_logprobs]
-        return answers
 
     def _continue(
-        self,
-        prompts: Sequence[list[int]],
-        batch: Batch,
-        temperatures: Sequence[float],
-        max_new_tokens: int,
-        top: int = 0,
-        stops: bool = True,
-    ) -> list[BatchAnswer]:
+        self, prompts: Sequence[list[int]], batch: Batch, temperatures: Sequence[float], **options: Any
+    ) -> list[GenerationResult]:
         from edge_runtime.config import GenerationConfig
-        from edge_runtime.decoding.batch import most_sequences, write_batch
 
-        model = self._model
         configs = [
-            GenerationConfig(
-                max_new_tokens=max(1, min(max_new_tokens, self._model.context_length - len(ids))),
-                temperature=temperature,
-                seed=job.number,
-                logprobs=top or None,
-            )
-            for ids, job, temperature in zip(prompts, batch, temperatures, strict=True)
+            GenerationConfig(temperature=temperature, seed=job.number)
+            for job, temperature in zip(batch, temperatures, strict=True)
         ]
-        at_once = most_sequences(model, max(map(len, prompts)) + max_new_tokens)
-        stop = self._llm.manifest.eos_token_ids if stops else ()
-        parts = zip(_parts(prompts, at_once), _parts(configs, at_once), strict=True)
-        return [answer for some, their in parts for answer in write_batch(model, some, their, stop)]
+        return self._llm.generate_many(prompts, configs, **options)
 
     def _prompts(self, batch: Batch) -> list[list[int]]:
         """Return the prompts' token ids; those that are left to the target are written first."""
         own = [job for job in batch if job.prompt is None]
         written = zip(own, self._own_prompts(own), strict=True) if own else ()
         by_number = {job.number: prompt for job, prompt in written}
-        longest = self._model.context_length * 3 // 4
+        longest = self._llm.context_length * 3 // 4
         return [self._ids(by_number.get(job.number, job.prompt))[-longest:] for job in batch]
 
     def _ids(self, prompt: str | list[int] | None) -> list[int]:
@@ -268,14 +223,23 @@ class _Writer:
         """Return texts begun from nothing or, with a chat template, what stands where it lets the user speak."""
         heats = [1.0] * len(batch)
         if self._config.chat:
-            made = self._continue([user_prefix(self._llm)] * len(batch), batch, heats, MAX_INSTRUCTION_TOKENS)
-            stop = self._llm.manifest.eos_token_ids
-            texts = [self._llm.tokenizer.decode([i for i in answer.token_ids if i not in stop]) for answer in made]
-            return [text.strip() or "Hello" for text in texts]
+            opened = [user_prefix(self._llm)] * len(batch)
+            made = self._continue(opened, batch, heats, max_new_tokens=MAX_INSTRUCTION_TOKENS)
+            return [answer.text.strip() or "Hello" for answer in made]
         manifest = self._llm.manifest
         first = [manifest.bos_token_id] if manifest.bos_token_id is not None else list(manifest.eos_token_ids[:1])
-        made = self._continue([first] * len(batch), batch, heats, OPENING_TOKENS, stops=False)
+        made = self._continue([first] * len(batch), batch, heats, max_new_tokens=OPENING_TOKENS, ignore_eos=True)
         return [first + answer.token_ids for answer in made]
+
+
+def _written(answer: GenerationResult) -> dict[str, Any]:
+    """Return what a line says of an answer; a stop token is one of its tokens, for the draft to learn where to end."""
+    end = [answer.stop_token] if answer.stop_token else []
+    line: dict[str, Any] = {"answer_ids": [*answer.token_ids, *(token.token_id for token in end)]}
+    if answer.logprobs is not None:
+        tops = [token.top_logprobs or [] for token in (*answer.logprobs, *end)]
+        line["top"] = [[[token_id, round(logprob, 4)] for token_id, logprob in top] for top in tops]
+    return line
 
 
 def temperature_of(number: int, temperatures: Sequence[float]) -> float:
@@ -288,75 +252,3 @@ def user_prefix(llm: EdgeLLM) -> list[int]:
     """Return the tokens of the chat template up to where the user's words begin: what two chats have in common."""
     one, other = (llm.tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in ("What", "hello"))
     return one[: next(i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])]
-
-
-class Teacher:
-    """The target's sparse distributions of the tokens of windows.
-
-    Args:
-        top_ids: (N, T, k) token ids.
-        probabilities: (N, T, k) of those tokens; 0 where the target wrote nothing.
-    """
-
-    def __init__(self, top_ids: NDArray[np.int32], probabilities: NDArray[np.float16]) -> None:
-        self.top_ids, self.probabilities = top_ids, probabilities
-
-    def batch(self, index: NDArray[np.int64], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and probabilities of some windows, (B, T, k) each."""
-        import torch
-
-        ids = torch.from_numpy(self.top_ids[index].astype(np.int64)).to(device)
-        return ids, torch.from_numpy(self.probabilities[index].astype(np.float32)).to(device)
-
-
-def answer_windows(answers: Path, length: int, end_of_text: int, top: int) -> tuple[Windows, Teacher | None]:
-    """Pack prompts and answers into windows, what the target wrote marked; the incomplete rest is left out.
-
-    Args:
-        answers: JSON lines of `write_answers`.
-        length: T of a window.
-        end_of_text: Id that separates an answer from the next prompt, as it does documents; unmarked.
-        top: k; 0 for no teacher.
-
-    Raises:
-        ConfigError: The answers do not fill one window.
-    """
-    tokens: list[NDArray[np.uint32]] = []
-    tops: list[_Top] = []
-    with answers.open(encoding="utf-8") as lines:
-        for answer in map(json.loads, lines):
-            prompt, written = (np.array(answer[name], np.uint32) for name in ("prompt_ids", "answer_ids"))
-            tokens += [prompt, written | np.uint32(WRITTEN), np.array([end_of_text], np.uint32)]
-            if top:
-                tops += [_Top.of([[]] * len(prompt), top), _Top.of(answer["top"], top), _Top.of([[]], top)]
-    ids = np.concatenate([*tokens, np.zeros(0, np.uint32)])
-    count = len(ids) // length
-    if count == 0:
-        raise ConfigError(
-            f"the answers have {len(ids)} tokens, but a window needs {length}",
-            "write more answers, or a shorter --window",
-        )
-    windows = ids[: count * length].reshape(count, length)
-    first = np.sort(np.unique(windows, axis=0, return_index=True)[1])
-    if not top:
-        return windows[first], None
-    parts = (np.concatenate(some)[: count * length] for some in zip(*tops, strict=True))
-    kept = (some.reshape(count, length, top)[first] for some in parts)
-    return windows[first], Teacher(*kept)
-
-
-class _Top(NamedTuple):
-    """The most likely tokens of T positions and their probabilities, (T, k) each; 0 where fewer are known."""
-
-    ids: NDArray[np.int32]
-    probabilities: NDArray[np.float16]
-
-    @classmethod
-    def of(cls, positions: Sequence[Sequence[tuple[int, float]]], top: int) -> _Top:
-        """Take what an answer's line holds, ids with log-probabilities."""
-        some = cls(np.zeros((len(positions), top), np.int32), np.zeros((len(positions), top), np.float16))
-        for row, pairs in enumerate(positions):
-            if pairs:
-                ids, logprobs = zip(*pairs[:top], strict=True)
-                some.ids[row, : len(ids)], some.probabilities[row, : len(ids)] = ids, np.exp(logprobs)
-        return some

@@ -23,6 +23,7 @@ from edge_export.fastdraft.shape import DEPTH_WIDTH, MAX_LAYERS, WIDTH_STEP, cou
 from edge_export.fastdraft.target import Target
 from edge_export.quiet import quiet
 from edge_runtime.manifest import weight_bytes
+from edge_runtime.models.base import advance
 
 PROBES = ((64, 1), (64, 6), (512, 1))
 """Width and depth of the drafts that are timed."""
@@ -82,12 +83,13 @@ def token_ms(folder: Path) -> float:
     """Return the median milliseconds of a forward over one token."""
     from edge_runtime.api import EdgeLLM
 
-    model = EdgeLLM.load(folder).engine.target
-    model.forward([0] * CONTEXT)
+    model = EdgeLLM.load(folder).target
+    sequence = model.sequence()
+    advance(model, sequence, [0] * CONTEXT)
     times = []
     for _ in range(REPEATS):
         begin = time.perf_counter()
-        model.forward([0])
+        advance(model, sequence, [0])
         times.append(time.perf_counter() - begin)
     return 1000 * statistics.median(times)
 

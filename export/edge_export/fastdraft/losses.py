@@ -11,7 +11,7 @@ found token-level losses to gain little over it. With p the target's and q the d
 `ce+kl` and `ce+tvd` are means of two. The target's distribution is sparse: its most likely tokens and one bin for all
 others, which only kl and tvd see; lk leaves it out.
 
-A window's tokens carry a mark where the target wrote them, and only those count: bit 31 of the id.
+Only tokens that the target wrote count (`answer_windows.WRITTEN`).
 """
 
 from __future__ import annotations
@@ -22,17 +22,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_export.corpus import Windows
+from edge_export.fastdraft.answer_windows import WRITTEN, Teacher
 from edge_export.one_epoch import window_hash
 from edge_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-    from edge_export.fastdraft.answers import Teacher
-
 LOSSES = ("ce", "kl", "tvd", "lk", "ce+kl", "ce+tvd")
-WRITTEN = 1 << 31
-"""Marks a token of a window that the target wrote."""
 LEAST = 1e-9
 """Probabilities below it are taken for it in a logarithm."""
 

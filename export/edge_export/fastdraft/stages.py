@@ -22,7 +22,8 @@ from typing import Any
 
 from edge_export import corpus
 from edge_export.corpus import Windows
-from edge_export.fastdraft.answers import AnswerConfig, answer_windows, check_writes_on, write_answers
+from edge_export.fastdraft.answer_windows import answer_windows
+from edge_export.fastdraft.answers import AnswerConfig, write_answers
 from edge_export.fastdraft.auto_shape import auto_shape
 from edge_export.fastdraft.data import OnProgress, TrainingText
 from edge_export.fastdraft.losses import alignment_loss
@@ -34,6 +35,7 @@ from edge_export.record import check_same, plain, write_json
 from edge_export.staging import disk_full_is_said
 from edge_export.train import LOG, Loss, Progress, TrainConfig, best_precision, next_token_loss, processes, train
 from edge_runtime import strict_json
+from edge_runtime.devices import check_device
 from edge_runtime.errors import ConfigError
 from edge_runtime.outputs import check_apart, check_output, claimed
 
@@ -110,7 +112,7 @@ class _Training:
     def _open_target(self) -> Target:
         recipe = self._recipe
         if "align" in recipe.stages:
-            check_writes_on(recipe.device)
+            check_device(recipe.device)  # before hours of training lead up to the answers
         self._on_progress("target", 0, 1, "")
 
         def export(done: Path) -> None:

@@ -4,12 +4,13 @@ from random import Random
 
 import pytest
 
-from edge_runtime.bench.steps import median_step, predicted_speedup, run_step, step_counts
+from edge_runtime.bench.steps import FixedText, median_step, predicted_speedup, run_step, step_counts
 from edge_runtime.bench.variants import RandomDraft
 from edge_runtime.config import GenerationConfig
-from edge_runtime.decoding.drafters import PromptLookup
+from edge_runtime.decoding.drafters.lookup import PromptLookup
 from edge_runtime.decoding.sampling import Sampler
 from edge_runtime.metrics import Metrics
+from edge_runtime.models.base import catch_up
 from tests.runtime.fakes import make_engine, random_table, run
 
 TARGET = random_table(24, 1)
@@ -52,13 +53,14 @@ def test_missing_cost_predicts_nothing():
 @pytest.mark.parametrize("drafter", [None, RandomDraft(24), PromptLookup()])
 def test_step_can_be_repeated(drafter):
     """Each one starts from the same text; where lookup finds nothing, as many tokens are verified all the same."""
-    engine = make_engine(TARGET)
+    target = make_engine(TARGET).target
     ids, length = [1, 2, 3, 4], 3 if drafter else 0
     widths = []
-    engine.target.model.on_forward = lambda token_ids: widths.append(len(token_ids))
-    engine.target.catch_up(ids)
+    target.on_forward = lambda token_ids: widths.append(len(token_ids))
+    sequence, draft = target.sequence(), drafter and drafter.open(FixedText(ids))
+    catch_up(target, sequence, ids)
     sampler = Sampler(GenerationConfig(), ids, Random(0))
-    steps = [run_step(engine.target, drafter, ids, length, sampler) for _ in range(4)]
+    steps = [run_step(target, sequence, draft, ids, length, sampler) for _ in range(4)]
     assert widths == [4, *[1 + length] * 4]
-    assert engine.target.token_ids[:4] == ids
+    assert sequence.token_ids[:4] == ids
     assert median_step(steps).target_s > 0

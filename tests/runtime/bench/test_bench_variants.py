@@ -20,7 +20,7 @@ def test_random_draft_is_lossless_when_sampling():
 
     def experiment(random):
         sampler = Sampler(GenerationConfig(temperature=1.0), [0], random)
-        proposal = RandomDraft(4).propose([0], 1, sampler)
+        proposal = RandomDraft(4).propose(1, sampler)
         rows = np.log(np.array([WEIGHTS, WEIGHTS], np.float32))
         return tuple(verify(rows, proposal, sampler).token_ids[:1])
 
@@ -47,7 +47,7 @@ def test_every_drafter_has_every_length(tmp_path):
         ("random", 1),
         ("random", 5),
     ]
-    assert {id(v.llm.engine.target) for v in variants} == {id(variants[0].llm.engine.target)}
+    assert {id(v.llm.target) for v in variants} == {id(variants[0].llm.target)}
 
 
 def test_without_a_draft_the_baselines_are_left(tmp_path):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from edge_runtime.decoding.batch import MOST_SEQUENCES, most_sequences, write_batch
 
 from edge_runtime.api import EdgeLLM
 from edge_runtime.config import GenerationConfig
-from edge_runtime.decoding.batch import MOST_SEQUENCES, most_sequences, write_batch
 from edge_runtime.errors import LogitsError
 from tests.tiny_models import SENTENCES
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from edge_runtime.config import GenerationConfig
-from edge_runtime.decoding.drafters import MAX_MATCH, MIN_MATCH, DraftModel, PromptLookup
+from edge_runtime.decoding.drafters.base import Draft
+from edge_runtime.decoding.drafters.draft_model import DraftModel
+from edge_runtime.decoding.drafters.lookup import MAX_MATCH, MIN_MATCH, PromptLookup
+from edge_runtime.decoding.request import Request
 from edge_runtime.decoding.sampling import PointMass, Sampler
-from edge_runtime.models.base import CachedModel
-from tests.runtime.fakes import TableModel, make_engine, random_table, run
+from tests.runtime.fakes import TableModel, TokenList, make_engine, random_table, run
 
 V = 20
 TABLE = random_table(V, 1)
@@ -19,11 +21,16 @@ def sampler(**options) -> Sampler:
     return Sampler(GenerationConfig(**options), [0], np.random.default_rng(1))
 
 
+def request(ids: list[int]) -> Request:
+    """Return a request that has come so far."""
+    made = Request([0], GenerationConfig(), 512, TokenList())
+    made.token_ids = ids
+    return made
+
+
 def copied(ids: list[int], num_draft_tokens: int = 4) -> list[int]:
     """Return what prompt lookup proposes after `ids`."""
-    lookup = PromptLookup()
-    lookup.start(ids)
-    return lookup.propose(ids, num_draft_tokens, sampler()).token_ids
+    return PromptLookup().open(request(ids)).propose(num_draft_tokens, sampler()).token_ids
 
 
 @pytest.mark.parametrize(
@@ -58,10 +65,10 @@ def test_lookup_proposes_no_more_than_asked_for():
 def test_lookup_finds_matches_that_arise_while_generating():
     """The index grows with the answer; the last token never counts as a match's own continuation."""
     random = np.random.default_rng(0)
-    lookup, ids = PromptLookup(), random.integers(0, 3, 5).tolist()
-    lookup.start(ids)
+    ids = random.integers(0, 3, 5).tolist()
+    lookup = PromptLookup().open(request(ids))
     for token_id in random.integers(0, 3, 300).tolist():
-        assert lookup.propose(ids, 3, sampler()).token_ids == slow_lookup(ids, 3)
+        assert lookup.propose(3, sampler()).token_ids == slow_lookup(ids, 3)
         ids.append(token_id)
 
 
@@ -82,33 +89,34 @@ def slow_lookup(ids: list[int], count: int, candidates: int = 16) -> list[int]:
     return continued[len(ids) :]
 
 
-def test_lookup_forgets_the_request_before():
+def test_lookup_searches_its_own_request_only():
     lookup = PromptLookup()
-    lookup.start([1, 2, 3, 9, 1, 2, 3])
-    lookup.propose([1, 2, 3, 9, 1, 2, 3], 4, sampler())
-    lookup.start([5, 1, 2, 3])
-    assert lookup.propose([5, 1, 2, 3], 4, sampler()).token_ids == []
+    lookup.open(request([1, 2, 3, 9, 1, 2, 3])).propose(4, sampler())
+    assert lookup.open(request([5, 1, 2, 3])).propose(4, sampler()).token_ids == []
 
 
 def test_copied_tokens_are_point_masses():
     """Their probability is 1, so that sampled decoding stays exact."""
-    lookup = PromptLookup()
-    proposal = lookup.propose([1, 2, 3, 9, 1, 2, 3], 2, sampler(temperature=1.0))
+    lookup = PromptLookup().open(request([1, 2, 3, 9, 1, 2, 3]))
+    proposal = lookup.propose(2, sampler(temperature=1.0))
     assert [type(made) for made in proposal.distributions] == [PointMass, PointMass]
     assert [made.token_id for made in proposal.distributions] == proposal.token_ids
 
 
 def draft_model(vocab_size: int = V, context_length: int = 512) -> tuple[DraftModel, TableModel]:
-    model = TableModel(TABLE, context_length)
-    return DraftModel(CachedModel(model, 64), vocab_size), model
+    model = TableModel(TABLE, context_length, chunk_size=64)
+    return DraftModel(model, vocab_size), model
+
+
+def draft(ids: list[int], **options) -> Draft:
+    """Return a draft model's part in a request that has come so far."""
+    return draft_model(**options)[0].open(request(ids))
 
 
 def test_draft_says_what_each_token_was_drawn_from():
-    drafter, _ = draft_model()
     options = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2, "frequency_penalty": 0.3}
-    request, again = sampler(**options), sampler(**options)
-    ids = [3, 1, 4]
-    proposal = drafter.propose(ids, 5, request)
+    again, ids = sampler(**options), [3, 1, 4]
+    proposal = draft(ids).propose(5, sampler(**options))
     for token_id, made in zip(proposal.token_ids, proposal.distributions, strict=True):
         wanted = again.distribution(TABLE[ids[-2], ids[-1]])
         assert [made.probability(i) for i in range(V)] == [wanted.probability(i) for i in range(V)]
@@ -119,58 +127,70 @@ def test_draft_says_what_each_token_was_drawn_from():
 
 def test_drafting_leaves_no_token_in_the_penalties():
     """Unverified tokens must not count in the target's own distribution."""
-    drafter, _ = draft_model()
-    request = sampler(temperature=0.8, presence_penalty=2.0, repetition_penalty=1.5)
+    own = sampler(temperature=0.8, presence_penalty=2.0, repetition_penalty=1.5)
     row = TABLE[0, 0]
-    before = [request.distribution(row).probability(i) for i in range(V)]
-    drafter.propose([3, 1, 4], 6, request)
-    assert [request.distribution(row).probability(i) for i in range(V)] == before
+    before = [own.distribution(row).probability(i) for i in range(V)]
+    draft([3, 1, 4]).propose(6, own)
+    assert [own.distribution(row).probability(i) for i in range(V)] == before
 
 
 def test_padding_of_a_wider_draft_is_never_drafted():
     """The target has no row for such a token."""
-    drafter, _ = draft_model(vocab_size=6)
     for seed in range(20):
-        request = Sampler(GenerationConfig(temperature=2.0), [0], np.random.default_rng(seed))
-        assert max(drafter.propose([3, seed % 6, 4], 8, request).token_ids) < 6
+        own = Sampler(GenerationConfig(temperature=2.0), [0], np.random.default_rng(seed))
+        assert max(draft([3, seed % 6, 4], vocab_size=6).propose(8, own).token_ids) < 6
 
 
 def test_draft_feeds_each_token_once():
     """The drafted tokens that were accepted stay in the draft's cache; K drafts cost K forwards."""
     drafter, model = draft_model()
     ids = [3, 1, 4]
-    first = drafter.propose(ids, 4, sampler()).token_ids
-    assert (model.num_forwards, model.num_tokens) == (4, 6)
-    accepted_all = [*ids, *first, 0]
-    drafter.propose(accepted_all, 1, sampler())
-    assert (model.num_forwards, model.num_tokens) == (5, 8)
+    made = drafter.open(request(ids))
+    first = made.propose(4, sampler()).token_ids
+    assert (model.num_forwards, model.open_sequences[0].num_tokens) == (4, 6)
+    ids += [*first, 0]
+    made.propose(1, sampler())
+    assert (model.num_forwards, model.open_sequences[0].num_tokens) == (5, 8)
 
 
-def test_lag_counts_what_the_draft_has_not_read():
-    """In a chat the earlier turns are held: a lag that counts them keeps pacing from drafting at all."""
+def test_what_the_draft_has_not_read_is_counted():
+    """In a chat the earlier turns are held: a count that has them too keeps pacing from drafting at all."""
     drafter, _ = draft_model()
     ids = list(range(10))
-    drafter.start(ids)
-    assert drafter.lag(10) == 10
-    drafter.propose(ids, 3, sampler())
-    assert drafter.lag(12) == 2
-    drafter.start([*ids, 5, 5, 5])
-    assert drafter.lag(13) == 3
-    drafter.start([9, 9])
-    assert drafter.lag(2) == 2
+    made = drafter.open(request(ids))
+    assert made.num_unread == 10
+    made.propose(3, sampler())
+    ids += [1, 2]
+    assert made.num_unread == 2
+    made.close()
+    assert drafter.open(request([*range(10), 5, 5, 5])).num_unread == 3
+    assert drafter.open(request([9, 9])).num_unread == 2
+
+
+def test_what_one_request_has_drafted_is_no_other_ones():
+    """Each has a sequence of its own: two that take turns read every token once."""
+    drafter, model = draft_model()
+    texts = [[3, 1, 4], [2, 7]]
+    drafts = [drafter.open(request(ids)) for ids in texts]
+    for _ in range(5):
+        for ids, made in zip(texts, drafts, strict=True):
+            (drafted,) = made.propose(1, sampler()).token_ids
+            ids.append(drafted)
+    assert model.num_forwards == 10
+    for ids, length in zip(texts, (3, 2), strict=True):
+        alone = draft(ids[:length]).propose(5, sampler()).token_ids
+        assert ids[length:] == alone
 
 
 def test_draft_with_a_full_context_proposes_nothing():
-    drafter, model = draft_model(context_length=6)
-    assert len(drafter.propose([1, 2, 3, 4], 8, sampler()).token_ids) == 2
-    assert drafter.propose([1, 2, 3, 4, 5, 6], 8, sampler()).token_ids == []
-    assert model.num_tokens <= 6
+    assert len(draft([1, 2, 3, 4], context_length=6).propose(8, sampler()).token_ids) == 2
+    assert draft([1, 2, 3, 4, 5, 6], context_length=6).propose(8, sampler()).token_ids == []
 
 
 def test_lookup_is_asked_before_the_draft():
     """It costs nothing; the draft steps in where nothing repeats."""
     engine = make_engine(TABLE, random_table(V, 5))
     run(engine, [2, 7, 1, 8, 3] * 5, lookup=True, num_draft_tokens=3, max_new_tokens=2)
-    assert engine._draft.drafter._cached.model.num_forwards == 0
+    assert engine.drafter.model.num_forwards == 0
     run(engine, [2, 7, 1, 8, 3], lookup=True, num_draft_tokens=3, max_new_tokens=3)
-    assert engine._draft.drafter._cached.model.num_forwards > 0
+    assert engine.drafter.model.num_forwards > 0

@@ -10,7 +10,7 @@ import pytest
 from edge_runtime.config import GenerationConfig
 from edge_runtime.errors import ConfigError, ContextOverflowError, LogitsError
 from edge_runtime.metrics import Metrics
-from tests.runtime.fakes import blended_table, generate, make_engine, random_table, run
+from tests.runtime.fakes import blended_table, generate, make_engine, random_table, run, start
 
 V = 24
 TARGET = random_table(V, 1)
@@ -102,7 +102,7 @@ def test_abandoned_request_leaves_nothing_to_repair(draft):
     config = GenerationConfig(max_new_tokens=40, num_draft_tokens=4)
     for taken in range(1, 20):
         for prompt in wanted:
-            stream = generate(engine, prompt, config, (), None)
+            stream = generate(engine, prompt, config)
             assert [next(stream).token_id for _ in range(taken)] == wanted[prompt][:taken]
             stream.close()
     for prompt, text in wanted.items():
@@ -117,23 +117,14 @@ def test_prefill_chunks_do_not_change_the_answer(chunk_size):
 
 
 def test_prefill_reports_its_progress_and_can_be_cancelled():
-    """A cancel takes effect within one chunk, and the next request goes on from there."""
-
-    class StopError(Exception):
-        pass
-
+    """A cancel takes effect after a step, and the next request goes on from there."""
     engine = make_engine(TARGET, chunk_size=10)
     prompt = np.random.default_rng(4).integers(0, V, 35).tolist()
-    seen: list[tuple[int, int]] = []
-
-    def on_chunk(done: int, wanted: int) -> None:
-        seen.append((done, wanted))
-        if done == 20:
-            raise StopError
-
-    with pytest.raises(StopError):
-        next(engine.generate(prompt, GenerationConfig(), (), None, on_chunk))
-    assert seen == [(0, 35), (10, 35), (20, 35)]
+    request, reader = start(engine, prompt, GenerationConfig())
+    for _ in range(2):
+        engine.step([request])
+    engine.finish(request, "cancelled")
+    assert reader.progress == [(0, 35), (10, 35)]
     metrics = Metrics()
     assert run(engine, prompt, metrics=metrics) == plain(prompt)
     assert metrics.reused_tokens == 20
@@ -158,10 +149,10 @@ def test_chat_turns_reuse_what_they_share():
 def test_same_prompt_again_computes_only_its_last_token():
     engine = make_engine(TARGET)
     run(engine, PROMPT)
-    before, metrics = engine.target.model.num_forwards, Metrics()
+    before, metrics = engine.target.num_forwards, Metrics()
     run(engine, PROMPT, metrics=metrics, max_new_tokens=1)
     assert metrics.reused_tokens == len(PROMPT) - 1
-    assert engine.target.model.num_forwards == before + 1
+    assert engine.target.num_forwards == before + 1
 
 
 @pytest.mark.parametrize("num_draft_tokens", [0, 1, 5, 8, "auto"])
@@ -187,7 +178,7 @@ def test_one_token_is_not_drafted_for():
     metrics = Metrics()
     assert run(engine, PROMPT, metrics=metrics, max_new_tokens=1, num_draft_tokens=8) == plain(max_new_tokens=1)
     assert (metrics.target_forwards, metrics.proposed_tokens) == (0, 0)
-    assert engine._draft.drafter._cached.model.num_forwards == 0
+    assert engine.drafter.model.num_forwards == 0
 
 
 def test_perfect_draft_is_accepted_entirely():
@@ -202,14 +193,14 @@ def test_no_draft_costs_nothing():
     """Plain decoding is one target forward a token, with the draft not touched."""
     engine = make_engine(TARGET, TARGET)
     run(engine, PROMPT, num_draft_tokens=0, max_new_tokens=20, lookup=True)
-    assert engine.target.model.num_forwards == 20
-    assert engine._draft.drafter._cached.model.num_forwards == 0
+    assert engine.target.num_forwards == 20
+    assert engine.drafter.model.num_forwards == 0
 
 
 def test_drafted_tokens_are_marked():
     """Interfaces colour them."""
     config = GenerationConfig(max_new_tokens=11, num_draft_tokens=4)
-    marks = [token.is_drafted for token in generate(make_engine(TARGET, TARGET), PROMPT, config, (), None)]
+    marks = [token.is_drafted for token in generate(make_engine(TARGET, TARGET), PROMPT, config)]
     assert marks == [False, *([True] * 4 + [False]) * 2]
 
 
@@ -221,7 +212,7 @@ def test_logprobs_belong_to_their_token(num_draft_tokens):
     engine = make_engine(TARGET, DRAFTS["half right"])
     config = GenerationConfig(max_new_tokens=30, num_draft_tokens=num_draft_tokens, logprobs=3, repetition_penalty=1.3)
     ids = [*PROMPT]
-    for token in generate(engine, PROMPT, config, (), None):
+    for token in generate(engine, PROMPT, config):
         row = log_softmax(TARGET[ids[-2], ids[-1]].astype(np.float64))
         assert token.logprob == pytest.approx(row[token.token_id])
         assert [value for _, value in token.top_logprobs] == pytest.approx(np.sort(row)[::-1][:3])
@@ -247,10 +238,10 @@ def test_failing_forward_leaves_the_engine_usable():
             if next(calls) == failing_at:
                 raise RuntimeError("device lost")
 
-        engine.target.model.on_forward = fail
+        engine.target.on_forward = fail
         with pytest.raises(RuntimeError, match="device lost"):
             run(engine, [*PROMPT, failing_at], num_draft_tokens=2)
-        engine.target.model.on_forward = lambda token_ids: None
+        engine.target.on_forward = lambda token_ids: None
         assert run(engine, PROMPT, num_draft_tokens=2) == plain()
 
 
@@ -273,7 +264,7 @@ def test_tokens_before_bad_logits_come_and_none_after(draft, value):
         for num_draft_tokens in (1, 3, 8, "auto") if draft else (0,):
             engine = make_engine(table, None if draft is None else DRAFTS[draft])
             config = GenerationConfig(max_new_tokens=60, num_draft_tokens=num_draft_tokens, **options)
-            stream = generate(engine, PROMPT, config, (), None)
+            stream = generate(engine, PROMPT, config)
             made = [next(stream).token_id for _ in range(at + 2)]
             assert made == text[: at + 2]
             with pytest.raises(LogitsError, match="the model's largest logit is"):
@@ -327,3 +318,27 @@ def test_draft_whose_vocabulary_is_forbidden_proposes_nothing():
     engine = make_engine(TARGET, DRAFTS["narrower"])
     options = {"logit_bias": dict.fromkeys(range(V - 3), float("-inf")), "temperature": 1.0, "seed": 2}
     assert run(engine, PROMPT, num_draft_tokens=4, **options) == plain(**options)
+
+
+class NoRepeats:
+    """A processor of a test: forbids tokens that came twice."""
+
+    def process(self, logits, counts) -> None:
+        ids, times = counts.generated(len(logits))
+        logits[ids[times > 1]] = -np.inf
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 1, 4])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
+def test_a_processor_of_ones_own_is_obeyed_by_target_and_draft_alike(num_draft_tokens, options):
+    made = {}
+    for length in (0, num_draft_tokens):
+        engine = make_engine(TARGET, DRAFTS["half right"])
+        config = GenerationConfig(max_new_tokens=30, num_draft_tokens=length, **options)
+        request, reader = start(engine, PROMPT, config)
+        request.sampler.processors.append(NoRepeats())
+        while request.finish_reason is None:
+            engine.step([request])
+        made[length] = [token.token_id for token in reader]
+    assert made[0] == made[num_draft_tokens]
+    assert max(made[0].count(token_id) for token_id in made[0]) == 2

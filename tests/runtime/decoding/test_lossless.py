@@ -236,7 +236,7 @@ def test_acceptance_is_what_the_coupling_promises(coupling, each_row_once):
         for number in range(count):
             seed = number if coupling == "seeded" else None
             config = GenerationConfig(**options, seed=seed, num_draft_tokens=1)
-            stream = generate(engine, PROMPT, config, (), None)
+            stream = generate(engine, PROMPT, config)
             next(stream)
             kept += next(stream).is_drafted
     assert abs(kept / count - wanted) < 3 * np.sqrt(wanted * (1 - wanted) / count)
@@ -296,8 +296,8 @@ def test_seeded_text_is_the_same_where_streams_take_turns():
     """A request that goes on after another used the models reads its sequence again, at the same positions."""
     engine = make_engine(TARGET, DRAFT)
     configs = [GenerationConfig(temperature=1.0, seed=s, num_draft_tokens=3, max_new_tokens=30) for s in (1, 2)]
-    wanted = [[token.token_id for token in generate(engine, PROMPT, config, (), None)] for config in configs]
-    streams = [generate(engine, PROMPT, config, (), None) for config in configs]
+    wanted = [[token.token_id for token in generate(engine, PROMPT, config)] for config in configs]
+    streams = [generate(engine, PROMPT, config) for config in configs]
     made = [(first.token_id, second.token_id) for first, second in zip(*streams, strict=True)]
     assert [list(ids) for ids in zip(*made, strict=True)] == wanted
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from edge_runtime.config import GenerationConfig
-from edge_runtime.decoding.drafters import DraftModel
+from edge_runtime.decoding.drafters.draft_model import DraftModel
+from edge_runtime.decoding.request import Request
 from edge_runtime.decoding.sampling import Categorical, PointMass, Sampler
 from edge_runtime.decoding.speculative import NO_PROPOSAL, Proposal, accepts, verify
-from edge_runtime.models.base import CachedModel
-from tests.runtime.fakes import TableModel, exact_distribution, random_table
+from edge_runtime.models.base import advance
+from tests.runtime.fakes import TableModel, TokenList, exact_distribution, random_table
 
 SAMPLED = GenerationConfig(temperature=1.0)
 FOUR = {"p": (1, 4, 2, 1), "q": (4, 2, 1, 1)}
@@ -119,13 +120,15 @@ def test_block_has_the_joint_distribution_of_plain_sampling(num_draft_tokens, sh
 
     def experiment(random) -> tuple[int, ...]:
         sampler = Sampler(SAMPLED, [0], random)
-        draft = CachedModel(TableModel(three_token_table(q)), 8)
+        draft = DraftModel(TableModel(three_token_table(q)), 3).open(Request([0], SAMPLED, 8, TokenList()))
         target = TableModel(three_token_table(p))
-        proposal = DraftModel(draft, 3).propose([0], num_draft_tokens, sampler)
-        emitted = verify(target.forward([0, *proposal.token_ids], num_draft_tokens + 1), proposal, sampler).token_ids
+        sequence = target.sequence()
+        proposal = draft.propose(num_draft_tokens, sampler)
+        rows = advance(target, sequence, [0, *proposal.token_ids], num_draft_tokens + 1)
+        emitted = verify(rows, proposal, sampler).token_ids
         if len(emitted) == 1:
-            target.rollback(1)
-            emitted += verify(target.forward(emitted, 1), NO_PROPOSAL, sampler).token_ids
+            sequence.rollback(1)
+            emitted += verify(advance(target, sequence, emitted), NO_PROPOSAL, sampler).token_ids
         return tuple(emitted[:2])
 
     wanted = {(a, b): Fraction(int(p[0, a] * p[a, b]), 16) for a in range(3) for b in range(3)}

@@ -14,9 +14,9 @@ import pytest
 
 from edge_runtime.errors import ContextOverflowError
 from edge_runtime.manifest import MANIFEST_NAME, MODEL_NAME
-from edge_runtime.models.paged import PagedModel
+from edge_runtime.models.base import Span, advance, catch_up
 from edge_runtime.models.static import StaticModel
-from tests.runtime.npuw import CHUNKS, KEYS_IN_F16, V, load, random_ids, reference
+from tests.runtime.npuw import CHUNKS, KEYS_IN_F16, Alone, V, load, random_ids, reference
 from tests.tiny_models import export_tiny
 
 
@@ -33,15 +33,14 @@ def made():
 
 @pytest.fixture
 def pair(made, tiny_ir):
-    """Return a function to a static model and its reference, both empty."""
+    """Return a function to a static model and its reference, each with an empty sequence."""
 
-    def get(family: str = "llama", step_tokens: int = 8, **options) -> tuple[StaticModel, PagedModel]:
+    def get(family: str = "llama", step_tokens: int = 8, **options) -> tuple[Alone, Alone]:
         key = (family, step_tokens, *sorted(options.items()))
         if key not in made:
             made[key] = load(tiny_ir(family), step_tokens, **options), reference(tiny_ir(family))
-        for model in made[key]:
-            model.rollback(0)
-        return made[key]
+        static, paged = made[key]
+        return Alone(static), Alone(paged)
 
     return get
 
@@ -53,7 +52,12 @@ def calls_of(model: StaticModel, monkeypatch) -> list[tuple[int, int]]:
     return calls
 
 
-def assert_close(pair: tuple[StaticModel, PagedModel], ids: list[int], num_rows: int) -> None:
+def learn_nothing(model: StaticModel, monkeypatch) -> None:
+    """Keep the costs that a test sets."""
+    monkeypatch.setattr(model, "_learn", lambda _, begin, prompt_tokens: setattr(model, "_unstepped", prompt_tokens))
+
+
+def assert_close(pair: tuple[Alone, Alone], ids: list[int], num_rows: int) -> None:
     rows, expected = (model.forward(ids, num_rows) for model in pair)
     assert rows.shape == expected.shape
     np.testing.assert_allclose(rows, expected, atol=KEYS_IN_F16, rtol=0)
@@ -80,12 +84,12 @@ def test_random_walks_equal_paged_attention(pair, family, step_tokens, options):
         kept = int(random.integers(0, static.num_tokens + 1)) if random.random() < 0.2 else max(0, near)
         static.rollback(kept)
         paged.rollback(kept)
-        if kept == static.context_length:
+        if kept == static.model.context_length:
             continue
         widest = random.choice([8, 100, 1000], p=[0.7, 0.27, 0.03])
-        width = min(int(random.integers(1, widest + 1)), static.context_length - kept)
+        width = min(int(random.integers(1, widest + 1)), static.model.context_length - kept)
         assert_close(models, random.integers(0, V, width).tolist(), int(random.integers(1, width + 1)))
-        filled += static.num_tokens == static.context_length
+        filled += static.num_tokens == static.model.context_length
     assert filled, "the context was never full"
 
 
@@ -121,13 +125,14 @@ def test_a_longer_continuation_takes_the_cheaper_way(pair, monkeypatch):
     models = static, paged = pair(**CHUNKS)
     assert_close(models, random_ids(40), 1)
     assert_close(models, random_ids(1), 1)
-    calls = calls_of(static, monkeypatch)
-    monkeypatch.setattr(static, "_learn", lambda _, begin, prompt_tokens: setattr(static, "_unstepped", prompt_tokens))
-    static._chunk_s, static._step_s = 1.0, 0.2  # 20 tokens: 3 steps against a chunk of 61 tokens
+    model = static.model
+    calls = calls_of(model, monkeypatch)
+    learn_nothing(model, monkeypatch)
+    model._chunk_s, model._step_s = 1.0, 0.2  # 20 tokens: 3 steps against a chunk of 61 tokens
     assert_close(models, random_ids(20), 2)
     assert calls == [(41, 49), (49, 57), (57, 61)]
     calls.clear()
-    static._step_s = 0.4
+    model._step_s = 0.4
     static.rollback(41)
     paged.rollback(41)
     assert_close(models, random_ids(20), 1)
@@ -139,7 +144,7 @@ def test_a_longer_continuation_takes_the_cheaper_way(pair, monkeypatch):
     assert_close(models, random_ids(20), 2)
     assert calls == [(41, 49), (49, 57), (57, 61)], "the second row would take a step of its own"
     calls.clear()
-    static._step_s = 100.0
+    model._step_s = 100.0
     assert_close(models, random_ids(8), 8)
     assert calls == [(61, 69)], "a single step is never replaced"
 
@@ -148,11 +153,12 @@ def test_a_longer_continuation_takes_the_cheaper_way(pair, monkeypatch):
 def test_a_prompt_is_read_chunk_by_chunk(pair, monkeypatch, num_rows):
     """Each call reads one chunk, so that a cancel takes effect between two; NPUW reads the whole prompt in one call."""
     models = static, _ = pair(**CHUNKS)
-    static._step_s = static._chunk_s = 1.0
-    monkeypatch.setattr(static, "_learn", lambda _, begin, prompt_tokens: setattr(static, "_unstepped", prompt_tokens))
-    assert static.chunk_size == 64
-    runs, run = [], static._run
-    monkeypatch.setattr(static, "_run", lambda *span, **kind: runs.append(span[:2]) or run(*span, **kind))
+    model = static.model
+    model._step_s = model._chunk_s = 1.0
+    learn_nothing(model, monkeypatch)
+    assert model.chunk_size == 64
+    runs, run = [], model._run
+    monkeypatch.setattr(model, "_run", lambda *span, **kind: runs.append(span[:2]) or run(*span, **kind))
     ids = random_ids(190)
     for begin in (0, 64, 128):
         assert_close(models, ids[begin : begin + 64], num_rows if begin else 1)
@@ -166,9 +172,10 @@ def test_a_chunk_that_fails_is_read_again_from_the_start(pair, monkeypatch):
     ids = random_ids(128)
     assert_close(models, ids[:64], 1)
     with pytest.raises(RuntimeError), monkeypatch.context() as broken:
-        broken.setattr(static, "_request", _Broken(static._request))
+        broken.setattr(static.model, "_request", _Broken(static.model._request))
         static.forward(ids[64:], 1)
-    assert_close(models, ids[64:], 1)
+    rows = catch_up(static.model, static.sequence, ids)
+    np.testing.assert_allclose(rows, models[1].forward(ids[64:]), atol=KEYS_IN_F16, rtol=0)
     for model in models:
         model.rollback(0)
     assert_close(models, ids[:1], 1)
@@ -177,24 +184,28 @@ def test_a_chunk_that_fails_is_read_again_from_the_start(pair, monkeypatch):
 
 def test_costs_are_learnt_from_what_runs(pair):
     static, _ = pair(**CHUNKS)
-    static._step_s = static._chunk_s = 0.0
-    static.forward(random_ids(40), 1)
-    assert static._chunk_s > 0 and static._step_s == 0
-    static.forward(random_ids(1), 1)
-    assert static._step_s > 0
+    model = static.model
+    model._step_s = model._chunk_s = 0.0
+    static.forward(random_ids(40))
+    assert model._chunk_s > 0 and model._step_s == 0
+    static.forward(random_ids(1))
+    assert model._step_s > 0
 
 
-def test_a_call_that_fails_leaves_what_was_held(pair, monkeypatch):
-    """NPUW may have overwritten it: the next call begins anew."""
+def test_a_call_that_fails_leaves_nothing_held(pair, monkeypatch):
+    """NPUW may have overwritten it: whoever goes on computes all of it again."""
     models = static, _ = pair()
     for ids in (random_ids(30), random_ids(1)):
         assert_close(models, ids, 1)
-    calls = calls_of(static, monkeypatch)
+    calls = calls_of(static.model, monkeypatch)
     with pytest.raises(RuntimeError), monkeypatch.context() as broken:
-        broken.setattr(static, "_request", _Broken(static._request))
+        broken.setattr(static.model, "_request", _Broken(static.model._request))
         static.forward(random_ids(8, 2), 8)
+    assert static.num_tokens == 0
+    for model in models:
+        model.rollback(0)
     assert_close(models, random_ids(8, 3), 1)
-    assert calls == [(31, 39), (0, 39)]
+    assert calls == [(31, 39), (0, 8)]
 
 
 class _Broken:
@@ -211,12 +222,12 @@ class _Broken:
 
 def test_context_is_an_error_before_it_is_garbage(pair):
     static, _ = pair(**CHUNKS)
-    static.forward(random_ids(199), 1)
+    static.forward(random_ids(199))
     with pytest.raises(ContextOverflowError, match="201 tokens do not fit the NPU's context of 200") as raised:
-        static.forward([1, 2], 1)
+        static.forward([1, 2])
     assert "context_length" in raised.value.hint
     assert static.num_tokens == 199
-    static.forward([1], 1)
+    static.forward([1])
 
 
 def test_four_layers_and_a_context_beyond_1024(tmp_path):
@@ -226,21 +237,22 @@ def test_four_layers_and_a_context_beyond_1024(tmp_path):
     """
     folder = export_tiny("llama", tmp_path / "ir", num_hidden_layers=4, max_position_embeddings=4096)
     for context_length, pipeline, length in ((200, "REG", 90), (None, "REP", 1015)):
-        models = static, _ = load(folder, context_length=context_length), reference(folder)
-        assert static.properties["npuw_online_pipeline"] == pipeline
+        model = load(folder, context_length=context_length)
+        models = Alone(model), Alone(reference(folder))
+        assert model.report()["npuw_online_pipeline"] == pipeline
         assert_close(models, random_ids(length), 1)
         for step in range(3):
             assert_close(models, random_ids(8, step), 8)
-    assert static.context_length == 2048
+    assert model.context_length == 2048
 
 
 def test_cached_models_are_those_asked_for(tmp_path, tiny_ir):
     """One cache for two models and two step sizes, each loaded twice."""
     rows = []
     for family, step_tokens in [("llama", 8), ("gpt2", 8), ("llama", 1)] * 2:
-        model = load(tiny_ir(family), step_tokens, cache_dir=tmp_path, context_length=64)
-        assert_close((model, reference(tiny_ir(family))), random_ids(30), 3)
-        rows.append(model.forward([1], 1).copy())
+        model = Alone(load(tiny_ir(family), step_tokens, cache_dir=tmp_path, context_length=64))
+        assert_close((model, Alone(reference(tiny_ir(family)))), random_ids(30), 3)
+        rows.append(model.forward([1]).copy())
     for first, again in zip(rows[:3], rows[3:], strict=True):
         np.testing.assert_array_equal(first, again)
     assert len(list(tmp_path.iterdir())) >= 3
@@ -248,7 +260,9 @@ def test_cached_models_are_those_asked_for(tmp_path, tiny_ir):
 
 def test_bytes_of_keys_and_values(pair):
     """Llama: 2 layers x keys and values x 2 heads x 16 x 2 bytes."""
-    assert pair()[0].kv_bytes == 512 * (2 * 2 * 2 * 16 * 2)
+    model = pair()[0].model
+    assert model.token_kv_bytes == 2 * 2 * 2 * 16 * 2
+    assert model.kv_bytes == model.report()["kv_bytes"] == 512 * model.token_kv_bytes
 
 
 def with_nan_token(folder: Path, copy: Path, token_id: int) -> Path:
@@ -264,12 +278,71 @@ def with_nan_token(folder: Path, copy: Path, token_id: int) -> Path:
     return copy
 
 
-def test_nan_in_a_step_is_not_seen_by_the_next_prompt(tiny_ir, tmp_path):
+@pytest.mark.parametrize("way", ["rollback", "new sequence", "place taken back"])
+def test_nan_in_a_step_is_not_seen_by_the_next_prompt(tiny_ir, tmp_path, way):
     """Keys and values behind the mask are multiplied by 0, and 0 * NaN is NaN: every later step was."""
     folder = with_nan_token(tiny_ir("llama"), tmp_path / "copy", 5)
-    model, prompt, step = load(folder), list(range(10, 100)), [7, 8, 9]
-    wanted = [model.forward(ids, 1).copy() for ids in (prompt, step)]
-    assert np.isnan(model.forward([5], 1)).all()
-    model.rollback(0)
+    model, prompt, step = Alone(load(folder)), list(range(10, 100)), [7, 8, 9]
+    wanted = [model.forward(ids).copy() for ids in (prompt, step)]
+    assert np.isnan(model.forward([5])).all()
+    if way == "rollback":
+        assert model.sequence.rollback(len(prompt)) == 0, "what is kept would see NaN behind the mask"
+    elif way == "new sequence":
+        model.sequence = model.model.sequence(prompt + step)
+        assert model.num_tokens == 0
+    else:
+        model.model.sequence()
     for ids, rows in zip((prompt, step), wanted, strict=True):
-        np.testing.assert_array_equal(model.forward(ids, 1), rows)
+        np.testing.assert_array_equal(model.forward(ids), rows)
+
+
+def test_two_sequences_in_turn_say_what_each_says_alone(pair):
+    """Each takes the place of the other, which then holds nothing and is read again: wrong keys would show."""
+    (static, paged) = (alone.model for alone in pair())
+    prompts = random_ids(40, 1), random_ids(30, 2)
+    wanted = []
+    for ids in prompts:
+        text, sequence = list(ids), paged.sequence()
+        for _ in range(6):
+            text.append(int(catch_up(paged, sequence, text).argmax()))
+        wanted.append(text)
+    texts, sequences = [list(ids) for ids in prompts], [static.sequence(), static.sequence()]
+    for _ in range(6):
+        for text, sequence, other in zip(texts, sequences, sequences[::-1], strict=True):
+            text.append(int(catch_up(static, sequence, text).argmax()))
+            assert (sequence.num_tokens, other.num_tokens) == (len(text) - 1, 0)
+    assert texts == wanted
+
+
+def test_tokens_of_a_closed_sequence_are_reused_by_one_that_begins_with_them(pair, monkeypatch):
+    static, paged = pair()
+    ids = random_ids(30)
+    static.forward(ids)
+    static.forward(random_ids(8, 1), 8)
+    static.sequence.close()
+    assert (static.num_tokens, static.sequence.token_ids) == (0, [])
+    calls = calls_of(static.model, monkeypatch)
+    again = static.model.sequence([*ids, 5, 6])
+    assert again.token_ids == ids
+    rows = advance(static.model, again, [5, 6])
+    assert calls == [(30, 32)]
+    np.testing.assert_allclose(rows, paged.forward([*ids, 5, 6]), atol=KEYS_IN_F16, rtol=0)
+    assert static.model.sequence([*ids, 5, 6]).num_tokens == 31, "the last token is left to be computed"
+
+
+def test_a_context_that_overflows_takes_nobody_s_place(pair):
+    static, _ = pair(**CHUNKS)
+    other, static.sequence = static.sequence, static.model.sequence()
+    static.forward(random_ids(10))
+    with pytest.raises(ContextOverflowError):
+        static.model.forward([Span(other, random_ids(201))])
+    assert static.num_tokens == 10
+
+
+def test_a_closed_model_holds_no_memory(tiny_ir):
+    model = load(tiny_ir("llama"), context_length=64)
+    sequence = model.sequence()
+    advance(model, sequence, [1, 2])
+    model.close()
+    assert sequence.num_tokens == 0
+    assert not [value for value in vars(model).values() if isinstance(value, (ov.CompiledModel, ov.InferRequest))]
