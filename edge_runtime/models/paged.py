@@ -107,6 +107,10 @@ class PagedModel:
             return [Output(logits, *others)]
         return [Output(logits[part], *(values[part] for values in others)) for part in step.parts]
 
+    def close(self) -> None:
+        """Keep nothing of closed sequences any more."""
+        self._sequences.store.clear()
+
     @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""

@@ -39,7 +39,7 @@ class BlockInputs:
         """Let the next inference compute these spans.
 
         Args:
-            spans: Of sequences (`sequence.PagedSequence`) that have blocks for them.
+            spans: Each a `base.Span` of a sequence that has blocks for its tokens.
             longest: Tokens of the longest, those computed next included.
         """
         self._max_context_len[()] = longest

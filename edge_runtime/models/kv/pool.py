@@ -148,7 +148,7 @@ class BlockPool:
 
 
 def stock_pools(compiled: ov.CompiledModel, request: ov.InferRequest, device: str) -> list[BlockPool]:
-    """Return the pool of a model with OpenVINO's PagedAttention."""
+    """Return the one pool of a model with OpenVINO's PagedAttention."""
     ports = {name: port for port in compiled.inputs for name in port.get_names() if name.startswith(STOCK_CACHES)}
     block_size = int(ports[f"{STOCK_CACHES[1]}0"].get_partial_shape()[2].get_length())
     caches = [ports[name] for name in sorted(ports)]
