@@ -264,11 +264,7 @@ class EdgeLLM:
         self._check_config(config)
         if on_prefill is not None and not callable(on_prefill):
             raise ConfigError(f"on_prefill is {on_prefill!r:.60}, expected a function of two numbers")
-        if isinstance(prompt, str) and not prompt:
-            raise ConfigError("the prompt is empty", "give at least one character")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
-        check_prompt(ids, self.context_length, self.manifest.context_length)
-        self._check_ids("the prompt", ids)
+        ids = self._ids(prompt)
         answer = Answer(self.tokenizer.decode_stream(ids), config.stop, on_prefill is not None)
         metrics = Metrics(load_s=self.load_s)
         request = Request(ids, config, self.context_length, answer, self.stop_token_ids(config), metrics)
@@ -279,6 +275,37 @@ class EdgeLLM:
         from edge_runtime.text.async_stream import AsyncTextStream
 
         return AsyncTextStream(self.stream(prompt, config, **options))
+
+    def save_prefix(self, path: str | PathLike[str], prompt: Prompt) -> int:
+        """Write the keys and values of a prompt to a file, so that another process need not read the prompt again.
+
+        Args:
+            path: Written whole or not at all; what it held before is replaced.
+            prompt: Text, or token ids; it is read first if it is not held.
+
+        Returns:
+            How many tokens the file holds.
+
+        Raises:
+            ConfigError: The file cannot be written, or the model runs on an NPU, which gives its caches to nobody.
+            ContextOverflowError: The prompt does not fit the context.
+        """
+        ids = self._ids(prompt)
+        self.generate(ids, max_new_tokens=1, num_draft_tokens=0)
+        self._scheduler.call(lambda: self.target.save(Path(path), ids))
+        return len(ids)
+
+    def load_prefix(self, path: str | PathLike[str]) -> int:
+        """Take the keys and values that `save_prefix` has written for this very model.
+
+        Returns:
+            How many tokens are held now; 0, with a warning in the log, where the file is damaged or another model's.
+
+        Raises:
+            ConfigError: The file cannot be read.
+        """
+        self._home.check()
+        return self._scheduler.call(lambda: self.target.load(Path(path)))
 
     def chat(
         self, messages: str | Sequence[Message], config: GenerationConfig | None = None, **options: Any
@@ -320,6 +347,15 @@ class EdgeLLM:
         """Return the ids that end an answer of this request."""
         own = () if config.ignore_eos else self.manifest.eos_token_ids
         return (*own, *config.stop_token_ids)
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's tokens, for which there is room."""
+        if isinstance(prompt, str) and not prompt:
+            raise ConfigError("the prompt is empty", "give at least one character")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
+        check_prompt(ids, self.context_length, self.manifest.context_length)
+        self._check_ids("the prompt", ids)
+        return ids
 
     def _check_config(self, config: GenerationConfig) -> None:
         """Refuse what this model cannot honour."""

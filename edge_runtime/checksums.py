@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 from edge_runtime.background import Background
 from edge_runtime.errors import ModelFormatError
+from edge_runtime.user_folders import cache_folder
 
 KEPT_FROM_BYTES = 16 << 20
 """A smaller file is hashed at each load, within 20 ms."""
@@ -126,7 +126,7 @@ class _Entry:
         import hashlib
 
         name = hashlib.blake2b(str(place).encode(errors="surrogateescape"), digest_size=16).hexdigest()
-        self._file = _cache_folder() / "verified" / name
+        self._file = cache_folder() / "verified" / name
         self._content = f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {facts.sha256}\n"
 
     def is_kept(self) -> bool:
@@ -142,15 +142,6 @@ class _Entry:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(self._content, encoding="ascii")
             os.replace(temporary, self._file)
-
-
-def _cache_folder() -> Path:
-    """Return the user's cache folder of this project, as the system has it; it need not exist."""
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "edge-run"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "edge-run"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edge-run"
 
 
 def _sha256(path: Path, stop: threading.Event | None = None) -> str:

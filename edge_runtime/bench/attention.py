@@ -90,8 +90,8 @@ class AttentionBench:
         made: list[Variant] = []
         for case in seen:
             sparse = dataclasses.replace(manifest, attention=case.pattern)
-            made.append(WholeModel("edge", case, _load(self._model, sparse)))
-        return [*made, WholeModel("genai", seen[0], stock)] if context <= self._settings.longest_peer else made
+            made.append(WholeModel("edge", case, _load(self._model, sparse), context))
+        return [*made, WholeModel("genai", seen[0], stock, context)] if context <= self._settings.longest_peer else made
 
     def _measure(self, scope: str, context: int, variants: list[Variant]) -> None:
         """Time all variants in turn, chunk by chunk and then decoding; add their rows."""

@@ -1,6 +1,6 @@
 """Ways to compute attention at a given place of a long context, without having computed what comes before.
 
-Caches are filled with zeros, which no kernel can tell from a text: time does not depend on the numbers.
+All blocks hold the same numbers, which no kernel can tell from a text: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -9,21 +9,24 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import openvino as ov
-from numpy.typing import NDArray
 from openvino import opset13
 
 import ov_kernels
 from edge_runtime.config import LoadConfig
 from edge_runtime.devices import core
 from edge_runtime.models.attention import AttentionPattern
+from edge_runtime.models.base import advance
 from edge_runtime.models.compiling import compile_model
-from edge_runtime.models.kv.block_sparse import BlockTable
-from edge_runtime.models.kv.stock import STOCK_CACHES, StockCache, aligned_bytes
+from edge_runtime.models.kv.inputs import BlockInputs, OwnInputs, StockInputs
+from edge_runtime.models.kv.pool import STOCK_CACHES, BlockPool, own_pools, stock_pools
+from edge_runtime.models.kv.sequence import PagedSequence, Sequences
 from edge_runtime.models.paged import PagedModel
 from edge_runtime.models.passes.block_sparse_attention import (
+    BlockAttention,
     LayerShape,
     attention_op,
     block_bytes,
+    block_table_input,
     cache_input,
     parameter,
 )
@@ -34,8 +37,8 @@ KV_TYPE = "u8"
 COLD_BYTES, MOST_REPEATS = 128 << 20, 32
 """A layer is repeated in its graph until its caches have so many bytes: no processor's cache then holds them, and what
 a call costs outside is shared out, as among the layers of a model."""
-STRIDE_OF_PLACES = 512
-"""Tokens that enter a cache at once where none are computed."""
+BLOCKS_AT_ONCE = 1024
+"""Blocks that are filled at once, so that their copy needs little memory."""
 
 
 class Case(NamedTuple):
@@ -70,72 +73,89 @@ class Variant(Protocol):
         """Bytes allocated for keys and values."""
 
 
-class OwnLayer:
-    """Our op alone, with the blocks that its pattern holds at the end of a context."""
+class _Layer:
+    """An attention op alone, `repeats` times in one graph.
 
-    impl = "edge"
+    Args:
+        case: What is seen.
+        repeats: How often the graph has it.
+        model: The graph.
+        shape: The layer's.
+        context: Most tokens.
+    """
 
-    def __init__(self, shape: LayerShape, case: Case, context: int) -> None:
-        self.case = case
-        block_size = case.pattern.block_size
-        self._table = BlockTable(case.pattern.of_layer(0), block_size, shape.num_heads, shape.num_kv_heads)
-        self._block_bytes, self._held = block_bytes(shape, block_size, KV_TYPE), 0
-        held = case.pattern.held_tokens(context, shape.num_kv_heads, shape.num_heads)
-        self.repeats = _repeats(held // block_size * self._block_bytes)
-        ov_kernels.add_to(core(), required=True)
-        tokens = _token_inputs(shape)
-        caches = [parameter(cache_input(i), [-1, self._block_bytes], np.uint8) for i in range(self.repeats)]
-        spans = [parameter(name, [-1], np.int32) for name in ("past_lens", "subsequence_begins")]
-        table = parameter("block_table", [-1, -1, -1], np.int32)
-        ends = []
-        for cache in caches:
-            ports = [node.output(0) for node in (*tokens, cache, *spans, table)]
-            pattern, scale = case.pattern.of_layer(0), shape.key_size**-0.5
-            ends.append(attention_op(ports, shape, pattern, block_size, KV_TYPE, scale).output(0))
-        model = ov.Model(ends, [*tokens, *caches, *spans, table])
+    impl: str
+
+    def __init__(self, case: Case, repeats: int, model: ov.Model, shape: LayerShape, context: int) -> None:
+        self.case, self.repeats = case, repeats
         compiled = compile_model(model, "CPU", _properties())
-        self._request = compiled.create_infer_request()
-        self._tokens = _Tokens(self._request, shape)
-        self._past = np.zeros(1, np.int32)
-        self._request.set_tensor("past_lens", ov.Tensor(self._past, shared_memory=True))
-        self._memory: list[NDArray[np.uint8]] = []
+        request = compiled.create_infer_request()
+        self._tokens = _Tokens(request, shape)
+        self._pools, self._inputs = self._blocks(compiled, request, shape)
+        self._sequence = Sequences(self._pools, context, 0).open([])
+        self._sequence.reserve(context)
+
+    def _blocks(
+        self, compiled: ov.CompiledModel, request: ov.InferRequest, shape: LayerShape
+    ) -> tuple[list[BlockPool], BlockInputs]:
+        """Return the blocks, and the inputs that say which belong to the sequence."""
+        raise NotImplementedError
 
     def place(self, past: int, end: int) -> None:
         """Hold `past` tokens, and make room for those up to `end`."""
-        self._table.widen(-(-end // self.case.pattern.block_size))
-        for begin in [*range(self._held, past, STRIDE_OF_PLACES), past]:
-            until = min(begin + STRIDE_OF_PLACES, past) if begin < past else end
-            self._table.hold(begin, until, self._table.resize)
-        self._held = end
-        self._past[0] = past
-        size = self._table.num_blocks * self._block_bytes
-        self._memory = []  # before the new one is taken
-        self._memory = [_touched(size) for _ in range(self.repeats)]
-        shape = ov.Shape([self._table.num_blocks, self._block_bytes])
-        for layer, memory in enumerate(self._memory):
-            self._request.set_tensor(cache_input(layer), ov.Tensor(memory, shape, ov.Type.u8))
-        self._request.set_tensor("block_table", ov.Tensor(self._table.table[None].copy()))
+        _place(self._sequence, past, end)
 
     def step(self, count: int) -> None:
         """Compute `count` tokens after those held."""
+        self._inputs.write([(self._sequence, None, None)], self._sequence.num_tokens + count)
         self._tokens.run(count)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return self._table.num_blocks * self._block_bytes
+        return sum(pool.num_bytes for pool in self._pools) // self.repeats
 
 
-class StockLayer:
+class OwnLayer(_Layer):
+    """Our op alone, with the blocks that its pattern holds at the end of a context."""
+
+    impl = "edge"
+
+    def __init__(self, shape: LayerShape, case: Case, context: int) -> None:
+        pattern, block_size = case.pattern.of_layer(0), case.pattern.block_size
+        size = block_bytes(shape, block_size, KV_TYPE)
+        repeats = _repeats(case.pattern.held_tokens(context, shape.num_kv_heads, shape.num_heads) // block_size * size)
+        ov_kernels.add_to(core(), required=True)
+        tokens = _token_inputs(shape)
+        caches = [parameter(cache_input(i), [-1, size], np.uint8) for i in range(repeats)]
+        spans = [parameter(name, [-1], np.int32) for name in ("past_lens", "subsequence_begins")]
+        table = parameter(block_table_input(0), [-1, -1, -1], np.int32)
+        ends = []
+        for cache in caches:
+            ports = [node.output(0) for node in (*tokens, cache, *spans, table)]
+            ends.append(attention_op(ports, shape, pattern, block_size, KV_TYPE, shape.key_size**-0.5).output(0))
+        super().__init__(case, repeats, ov.Model(ends, [*tokens, *caches, *spans, table]), shape, context)
+
+    def _blocks(
+        self, compiled: ov.CompiledModel, request: ov.InferRequest, shape: LayerShape
+    ) -> tuple[list[BlockPool], BlockInputs]:
+        layers = AttentionPattern.of_layers(
+            [self.case.pattern.of_layer(0)] * self.repeats, self.case.pattern.block_size
+        )
+        heads = [(shape.num_heads, shape.num_kv_heads)] * self.repeats
+        pools = own_pools(compiled, request, BlockAttention(layers, heads))
+        return pools, OwnInputs(request, pools)
+
+
+class StockLayer(_Layer):
     """OpenVINO's PagedAttention alone, which openvino.genai runs; source of its 28 inputs: op/paged_attention.hpp."""
 
     impl = "genai"
 
     def __init__(self, shape: LayerShape, case: Case, context: int) -> None:
-        self.case = case
-        self.repeats = _repeats(context * shape.num_kv_heads * (shape.key_size + shape.value_size))
+        repeats = _repeats(context * shape.num_kv_heads * (shape.key_size + shape.value_size))
         tokens = _token_inputs(shape)
-        caches = [[_any_parameter(name + str(i)) for name in STOCK_CACHES] for i in range(self.repeats)]
+        caches = [[_any_parameter(name + str(i)) for name in STOCK_CACHES] for i in range(repeats)]
         names = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
         spans = [parameter(name, [-1], np.int32) for name in names]
         longest = parameter("max_context_len", [], np.int32)
@@ -152,58 +172,50 @@ class StockLayer:
             facts["k_head_size"], facts["v_head_size"] = shape.key_size, shape.value_size
             ends.append(op.output(0))
         model = ov.Model(ends, [*tokens, *(cache for pair in caches for cache in pair), *spans, longest])
-        compiled = compile_model(model, "CPU", _properties())
-        self._request = compiled.create_infer_request()
-        self._tokens = _Tokens(self._request, shape)
-        self._cache = StockCache(compiled, self._request, "CPU")
+        super().__init__(case, repeats, model, shape, context)
 
-    def place(self, past: int, end: int) -> None:
-        """Hold `past` tokens, and make room for those up to `end`."""
-        self._cache.reserve(end)
-        for tensor in self._cache.tensors:
-            tensor.data.fill(0)
-        self._span = past
-
-    def step(self, count: int) -> None:
-        """Compute `count` tokens after those held."""
-        self._cache.hold(self._span, self._span + count)
-        self._tokens.run(count)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes allocated for keys and values."""
-        return sum(int(tensor.get_byte_size()) for tensor in self._cache.tensors) // self.repeats
+    def _blocks(
+        self, compiled: ov.CompiledModel, request: ov.InferRequest, shape: LayerShape
+    ) -> tuple[list[BlockPool], BlockInputs]:
+        pools = stock_pools(compiled, request, "CPU")
+        return pools, StockInputs(request, pools)
 
 
 class WholeModel:
-    """A decoder whose layers see what a pattern says."""
+    """A decoder whose layers see what a pattern says, at up to `context` tokens."""
 
-    def __init__(self, impl: str, case: Case, model: PagedModel) -> None:
+    def __init__(self, impl: str, case: Case, model: PagedModel, context: int) -> None:
         self.impl, self.case, self.repeats, self._model = impl, case, 1, model
+        self._sequence = model.sequence()
+        self._sequence.reserve(context)
         self._past = 0
 
     def place(self, past: int, end: int) -> None:
         """Hold `past` tokens, and make room for those up to `end`."""
-        model = self._model
-        model.reserve(end)
-        for begin in range(model.num_tokens, past, STRIDE_OF_PLACES):
-            model.cache.hold(begin, min(begin + STRIDE_OF_PLACES, past))
-        model.cache.hold(past, end)
-        for tensor in model.cache.tensors:
-            tensor.data.fill(0)
+        _place(self._sequence, past, end)
         self._past = past
-        model.assume(past)
 
     def step(self, count: int) -> None:
         """Compute `count` tokens after those held."""
-        self._model.forward([0] * count, 1)
-        kept = self._model.rollback(self._past)
+        advance(self._model, self._sequence, [0] * count)
+        kept = self._sequence.rollback(self._past)
         assert kept == self._past, "a step frees nothing that its own tokens see"
 
     @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
         return self._model.kv_bytes
+
+
+def _place(sequence: PagedSequence, past: int, end: int) -> None:
+    """Let a sequence hold `past` tokens that nobody computes, and have blocks for those up to `end`."""
+    sequence.assume(past)
+    for table in sequence.tables:
+        table.hold(past, end)
+        pool = table.pool
+        for first in range(0, pool.num_blocks, BLOCKS_AT_ONCE):  # memory that was never written is all one page
+            blocks = np.arange(first, min(first + BLOCKS_AT_ONCE, pool.num_blocks))
+            pool.memory.copy(np.zeros_like(blocks), blocks)
 
 
 def _properties() -> dict[str, Any]:
@@ -244,12 +256,6 @@ def _repeats(size: int) -> int:
 
 def _width(node: Any) -> int:
     return int(node.output(0).get_partial_shape()[1].get_length())
-
-
-def _touched(size: int) -> NDArray[np.uint8]:
-    memory = aligned_bytes(size)
-    memory.fill(0)
-    return memory
 
 
 def _any_parameter(name: str) -> Any:

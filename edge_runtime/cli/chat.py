@@ -17,9 +17,10 @@ from edge_runtime.cli import console
 from edge_runtime.cli.options import ModelOptions, with_model_options
 from edge_runtime.cli.running import load_model, run_stream
 from edge_runtime.cli.terminal import without_echo
-from edge_runtime.cli.transcript import path_of, read_transcript, write_transcript
+from edge_runtime.cli.transcript import file_of_chat, path_of, read_transcript, write_transcript
 from edge_runtime.demo import is_demo
 from edge_runtime.errors import ConfigError, ContextOverflowError, EdgeError, nearest
+from edge_runtime.user_folders import cache_folder
 
 if TYPE_CHECKING:
     from edge_runtime.api import EdgeLLM
@@ -53,6 +54,15 @@ def chat(
         str | None,
         typer.Option("--system", metavar="TEXT", help="System message, which tells the model how to behave."),
     ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="NAME",
+            help="Go on with the chat of this name, or begin it; it is saved after each answer, and next time the "
+            "model need not read it again.",
+        ),
+    ] = None,
     *,
     options: ModelOptions,
 ) -> None:
@@ -63,7 +73,14 @@ def chat(
     """
     if is_demo(options.model):
         raise ConfigError("the embedded pair cannot chat", f"name a chat model with -m; {DOWNLOAD} fetches one")
-    llm = load_model(options, warm_up=True)
+    file = None if resume is None else file_of_chat(resume)
+    if file is not None and "prefix_cache_dir" not in options.load:
+        options.load["prefix_cache_dir"] = cache_folder() / "prefixes"
+    with load_model(options, warm_up=True) as llm:
+        _chat(llm, options, system, file)
+
+
+def _chat(llm: EdgeLLM, options: ModelOptions, system: str | None, file: Path | None) -> None:
     if not llm.tokenizer.has_chat_template:
         raise ConfigError(
             f"the model in `{options.model}` has no chat template", "use `edge-run generate`, or a chat model"
@@ -72,7 +89,10 @@ def chat(
         console.note(f"{Path(options.model).name}: /help lists the commands, Ctrl-D leaves")
         _edit_lines()
     _note_recommended(llm.recommended, options.generation)
-    Conversation(llm, options, system).run()
+    conversation = Conversation(llm, options, system)
+    if file is not None:
+        conversation.resume(file, system)
+    conversation.run()
 
 
 class Conversation:
@@ -90,6 +110,7 @@ class Conversation:
         self._messages: list[Message] = []
         self._last: GenerationResult | None = None
         self._file: Path | None = None
+        self._saves_itself = False
         self._commands = {
             "/help": lambda _: console.note(HELP),
             "/undo": self._undo,
@@ -99,6 +120,20 @@ class Conversation:
             "/save": self._save,
             "/load": self._load,
         }
+
+    def resume(self, file: Path, system: str | None) -> None:
+        """Go on with the chat in a file, which need not exist yet, and save it there after each answer.
+
+        Args:
+            file: A transcript.
+            system: The system message in place of the file's; None keeps that.
+        """
+        self._saves_itself = True
+        if not file.exists():
+            self._file = file
+            return
+        self._load(str(file))
+        self._system = system or self._system
 
     def run(self) -> None:
         """Read and answer until the user leaves."""
@@ -139,6 +174,9 @@ class Conversation:
             self._messages += [question, {"role": "assistant", "content": result.text}]
         else:
             console.note("the model gave no answer, so the question is not kept")
+        if self._saves_itself and self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_transcript(self._file, self._transcript())
         self._comment(result)
 
     def _comment(self, result: GenerationResult) -> None:

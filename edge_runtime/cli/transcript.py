@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime import strict_json
 from edge_runtime.errors import ConfigError
+from edge_runtime.user_folders import data_folder
 
 if TYPE_CHECKING:
     from edge_runtime.text.chat_template import Message
@@ -33,6 +35,20 @@ def path_of(name: str) -> Path:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"`{name:.90}` is no file name: {reason}", "name another file") from error
     return path
+
+
+def file_of_chat(name: str) -> Path:
+    """Return the file of a chat that has a name.
+
+    Raises:
+        ConfigError: It is no name.
+    """
+    if not re.fullmatch(r"\w[\w .-]{0,99}", name):
+        raise ConfigError(
+            f"the chat's name is {name!r:.60}, expected letters, digits, spaces, dots and dashes",
+            "for example: --resume travel",
+        )
+    return data_folder() / "chats" / f"{name}.json"
 
 
 def write_transcript(path: Path, messages: list[Message]) -> None:

@@ -107,14 +107,13 @@ class Engine:
 
     def close(self, request: Request) -> None:
         """Take back a request's share; it may be opened again and goes on where it was."""
-        if request.sequence is None:
-            return
         for source, drafting in zip(self._sources(request.config), request.draftings, strict=False):
             source.pacing = drafting.pacing
             drafting.draft.close()
         request.draftings = []
-        sequence, request.sequence = request.sequence, None
-        sequence.close()
+        if request.sequence:
+            request.sequence.close()
+            request.sequence = None
 
     def finish(self, request: Request, reason: FinishReason, error: BaseException | None = None) -> None:
         """End a request, and let its reader know."""
@@ -216,7 +215,8 @@ class Engine:
         try:
             block = verify(output.logits, part.proposal, request.sampler)
         except LogitsError as error:
-            request.sequence.rollback(0)  # keys and values may be NaN, and a later prompt may begin with these tokens
+            sequence, request.sequence = request.sequence, None
+            sequence.discard()  # keys and values may be NaN, and a later prompt may begin with these tokens
             self.finish(request, "error", error)
             return
         if block.num_accepted < part.num_drafted:

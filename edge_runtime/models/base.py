@@ -42,6 +42,9 @@ class Sequence(Protocol):
     def close(self) -> None:
         """Hold nothing any more; the model may keep the keys and values for a later sequence."""
 
+    def discard(self) -> None:
+        """Hold nothing any more, nor let the model keep anything that it began with: it may be NaN."""
+
 
 class Span(NamedTuple):
     """Tokens that one forward appends to one sequence.

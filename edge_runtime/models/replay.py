@@ -7,6 +7,7 @@ model. A follower that starts from the same state ends in it after every entry, 
     ["rollback", number, num_tokens]                    what is kept
     ["forward", [[number, token_ids, num_rows], …]]     written before it is computed, so that all compute at once
     ["close", number]
+    ["discard", number]
 
 Memory is each process's own matter, so `reserve` is not written.
 """
@@ -58,6 +59,11 @@ class RecordedSequence:
         """Hold nothing any more."""
         self.sequence.close()
         self._write(["close", self.number])
+
+    def discard(self) -> None:
+        """Hold nothing any more, nor let anything be kept that may be NaN."""
+        self.sequence.discard()
+        self._write(["discard", self.number])
 
 
 class Recording:
@@ -139,6 +145,8 @@ def replay(entry: Entry, model: CausalModel, sequences: dict[int, Sequence]) -> 
             raise EdgeError(f"sequence {number} holds {kept} tokens here, expected {rest[1]}", "open it again")
     elif kind == "close":
         sequences.pop(number).close()
+    elif kind == "discard":
+        sequences.pop(number).discard()
     return []
 
 

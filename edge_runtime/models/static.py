@@ -66,6 +66,11 @@ class StaticSequence:
     def reserve(self, num_tokens: int) -> None:
         """Do nothing: the memory was taken when the model was compiled."""
 
+    def discard(self) -> None:
+        """Hold nothing any more, nor let the device keep anything: it may be NaN."""
+        self.rollback(0)
+        self.close()
+
     def close(self) -> None:
         """Hold nothing any more; a new sequence that begins alike finds what the device still has."""
         self._model.release(self)

@@ -108,6 +108,13 @@ class TableModel:
         self.open_sequences.remove(sequence)
         self._closed.append(sequence.token_ids)
 
+    def drop(self, sequence: TableSequence) -> None:
+        """Drop a sequence, and closed ones that begin with its first token."""
+        self.open_sequences.remove(sequence)
+        alike = [held for held in self._closed if held[:1] == sequence.token_ids[:1]]
+        for held in alike:
+            self._closed.remove(held)
+
     def _append(self, span: Span) -> Rows:
         assert span.sequence in self.open_sequences, "a closed sequence is used"
         held = span.sequence.token_ids
@@ -142,6 +149,10 @@ class TableSequence:
     def close(self) -> None:
         """Give the tokens back."""
         self._model.keep(self)
+
+    def discard(self) -> None:
+        """Give nothing back, nor keep what begins alike."""
+        self._model.drop(self)
 
 
 def make_engine(

@@ -352,8 +352,9 @@ def test_answer_after_nan_keys_is_that_of_a_fresh_model(attention, precision):
     ids, options = list(range(300, 380)), {"max_new_tokens": 12, "ignore_eos": True}
     stream = llm.stream(ids, **options)
     next(stream)
-    for tensor in llm.target.cache.tensors:
-        tensor.data.view(np.uint8)[...] = 0xFF
+    for pool in llm.target._sequences.pools:
+        for tensor in pool.memory._memory:
+            tensor[...] = 0xFF
     with pytest.raises(LogitsError, match="the model's largest logit is nan"):
         stream.finish()
     assert llm.generate(ids, **options).token_ids == fresh.generate(ids, **options).token_ids

@@ -32,7 +32,7 @@ def copy(tiny_ir, tmp_path) -> Path:
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     """The user's cache folder, and files of this test count as large."""
-    monkeypatch.setattr(checksums, "_cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(checksums, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(checksums, "KEPT_FROM_BYTES", 1)
     return tmp_path / "cache" / "verified"
 
@@ -123,7 +123,7 @@ def test_large_file_is_read_once_and_again_when_it_changes(copy, cache, hashed):
 
 
 def test_small_file_is_read_at_each_load_and_nothing_is_kept(copy, tmp_path, monkeypatch, hashed):
-    monkeypatch.setattr(checksums, "_cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(checksums, "cache_folder", lambda: tmp_path / "cache")
     for _ in range(2):
         with checked([(copy, load_manifest(copy).files)]):
             pass
@@ -164,7 +164,7 @@ def test_the_embedded_pair_has_checksums_and_is_whole():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks for the variable of Linux")
 def test_cache_is_where_the_system_keeps_such_things(tmp_path):
-    code = "from edge_runtime import checksums; print(checksums._cache_folder())"
+    code = "from edge_runtime.user_folders import cache_folder; print(cache_folder())"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == str(tmp_path / "edge-run")

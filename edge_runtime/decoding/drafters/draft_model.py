@@ -82,4 +82,5 @@ class ModelDraft:
         """Draft no more in this request, whose answer is the target's; forget keys and values that may be NaN."""
         _log.warning("the draft model is not used for the rest of this answer: %s", error)
         self._has_failed = True
-        self._sequence.rollback(0)
+        self._sequence.discard()
+        self._sequence = self._model.sequence()

@@ -40,6 +40,10 @@ class PagedSequence(Prefix):
         """Hold nothing any more; what was held is kept for a later sequence, while there is room."""
         self._sequences.close(self)
 
+    def discard(self) -> None:
+        """Hold nothing any more, nor let anything be kept that may share its blocks, which may be NaN."""
+        self._sequences.discard(self)
+
     def assume(self, num_tokens: int) -> None:
         """Take so many tokens for held without computing them, to measure what a step after them costs.
 
@@ -94,6 +98,12 @@ class Sequences:
         else:
             held.release()
         self.hide(sequence)
+
+    def discard(self, sequence: PagedSequence) -> None:
+        """Take from a sequence what it holds, and drop all that is kept and begins alike."""
+        self.store.drop_like(sequence.token_ids)
+        self.hide(sequence)
+        self.close(sequence)
 
     @property
     def num_bytes(self) -> int:

@@ -115,6 +115,11 @@ class PrefixStore:
             if len(self._entries) > 1 or not self._shorten(prefix):
                 self._drop(self._entries[0])
 
+    def drop_like(self, token_ids: list[int]) -> None:
+        """Drop what begins with the same token, as all do that share blocks."""
+        for entry in [entry for entry in self._entries if entry.token_ids[:1] == token_ids[:1]]:
+            self._drop(entry)
+
     def clear(self) -> None:
         """Keep nothing."""
         for entry in list(self._entries):
