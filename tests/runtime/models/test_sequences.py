@@ -95,6 +95,18 @@ def test_forks_go_their_own_ways(model, fresh, length):
         assert_right(fresh, sequence, advance(model, sequence, [7]).copy())
 
 
+@pytest.mark.parametrize("length", [12, 100])
+def test_what_is_written_after_a_rollback_reaches_no_fork(model, fresh, length):
+    """The block that the two share is full for one of them from a place that the other still needs."""
+    first = model.sequence()
+    advance(model, first, ids(length))
+    fork = first.fork()
+    assert first.rollback(length - 3) == length - 3
+    assert_right(fresh, first, advance(model, first, ids(3, 1), 3).copy())
+    for sequence in (fork, first):
+        assert_right(fresh, sequence, advance(model, sequence, [7]).copy())
+
+
 def test_a_fork_may_begin_before_the_end(model, fresh):
     """Or holds nothing, where a window has forgotten what that place needs."""
     first = model.sequence()
