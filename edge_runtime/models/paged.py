@@ -42,7 +42,7 @@ class PagedModel:
 
     Args:
         compiled: A model that `loading.load_model` has compiled.
-        plan: How.
+        plan: How it was compiled.
         attention: What its layers see where the attention op is ours; None for OpenVINO's.
         mlp: What runs its fused MLPs and why; None where it has none.
     """
