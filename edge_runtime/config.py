@@ -97,8 +97,10 @@ class LoadConfig(KeywordOptions):
         cache_dir: Where compiled models are kept between runs; None for nowhere. On CPU they load no faster with it:
             SmolLM2-135M int8 took 2.6 s with and 2.3 s without.
         prefix_cache_bytes: Most bytes of keys and values of earlier requests that each model keeps for later ones that
-            begin alike; 0 keeps none.
-        prefix_cache_dir: Folder where keys and values of prompts are kept between runs; None for nowhere.
+            begin alike: the next turn of a chat, the same instructions. The longest unused go first, and of one that is
+            too long its beginning stays; 0 keeps none.
+        prefix_cache_dir: On CPU, folder where as many bytes of them are kept between runs, of all models that share the
+            folder; written when they leave memory, or when the model is closed. None for nowhere.
         properties: OpenVINO's own properties of the target by name, such as `{"ENABLE_CPU_PINNING": False}`. They win
             over ours; those that another option sets, or that right answers rest on, are refused.
         draft_properties: OpenVINO properties of the draft. None takes `properties` where both run on one device.
@@ -159,6 +161,8 @@ class LoadConfig(KeywordOptions):
         if properties is None:
             properties = self.properties if device.upper() == self.device.upper() else {}
         config = dataclasses.replace(self, device=device, npu_step_tokens=1, properties=properties)
+        if not config.device.upper().startswith("CPU"):
+            config = dataclasses.replace(config, prefix_cache_dir=None)
         if not config.device.upper().startswith("NPU"):
             return config
         return dataclasses.replace(config, precision="auto", kv_precision="auto", attention="auto")

@@ -11,6 +11,7 @@ A model and its sequences are used by one thread at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -114,6 +115,24 @@ class CausalModel(Protocol):
     @property
     def token_kv_bytes(self) -> int:
         """Bytes that one more token takes in a sequence whose every layer sees everything."""
+
+    def save(self, path: Path, token_ids: list[int]) -> None:
+        """Write the keys and values of some tokens, computed if need be, to a file, whole or not at all.
+
+        Raises:
+            ConfigError: The file cannot be written.
+            ContextOverflowError: The context does not hold the tokens.
+            DeviceError: The device gives its keys and values to nobody.
+        """
+
+    def load(self, path: Path) -> int:
+        """Keep what `save` wrote, for sequences that begin so; return how many tokens it is.
+
+        Returns 0, with one line in the log, where the file is damaged or of another model.
+
+        Raises:
+            DeviceError: The device takes keys and values from nobody.
+        """
 
     def close(self) -> None:
         """Forget all sequences and give the memory back; the model is not used any more."""

@@ -5,12 +5,14 @@ The one function that the rest of the runtime, the exporter's checks and the ben
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import openvino as ov
 
 import ov_kernels
+from edge_runtime.checksums import facts_of
 from edge_runtime.config import LoadConfig
 from edge_runtime.devices import check_device, core
 from edge_runtime.errors import DeviceError, ModelFormatError
@@ -55,10 +57,12 @@ def load_model(
     plan = make_plan(device, config, weights_of(model, weight_bytes), manifest, wants_hidden=wants_hidden)
     if device.startswith("NPU"):
         return _load_static(model, plan)
-    return _load_paged(model, plan, weight_bytes)
+    return _load_paged(model, plan, weight_bytes, lambda: _hashes(folder, manifest))
 
 
-def _load_paged(model: ov.Model, plan: CompilePlan, weight_bytes: int) -> PagedModel:
+def _load_paged(
+    model: ov.Model, plan: CompilePlan, weight_bytes: int, identity: Callable[[], dict[str, str]]
+) -> PagedModel:
     from edge_runtime.models.paged import PagedModel
 
     to_paged_attention(model)
@@ -67,7 +71,14 @@ def _load_paged(model: ov.Model, plan: CompilePlan, weight_bytes: int) -> PagedM
         add_hidden_rows(model, plan.hidden_layers)
     attention = use_block_sparse_attention(model, plan, weight_bytes)
     mlp = _choose_mlps(model, plan)
-    return PagedModel(_compile(model, plan), plan, attention, mlp)
+    return PagedModel(_compile(model, plan), plan, attention, mlp, identity)
+
+
+def _hashes(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """Return the SHA-256 of the IR's files: those of the export, which were checked, or else of the files now."""
+    names = (MODEL_NAME, Path(MODEL_NAME).with_suffix(".bin").name)
+    files = manifest.files if all(name in manifest.files for name in names) else facts_of(folder, names)
+    return {name: files[name].sha256 for name in names}
 
 
 def _load_static(model: ov.Model, plan: CompilePlan) -> StaticModel:

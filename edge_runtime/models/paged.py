@@ -7,14 +7,22 @@ that stay bound to the request; tensors are bound anew only when the spans have 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 
-from edge_runtime.errors import ContextOverflowError
-from edge_runtime.models.base import Output, Rows, Span
+from edge_runtime import __version__
+from edge_runtime.errors import ConfigError, ContextOverflowError
+from edge_runtime.models.base import Output, Rows, Span, catch_up
+from edge_runtime.models.cpu_facts import cpu_facts
+from edge_runtime.models.kv.files import Facts, Snapshot, read_blocks, read_header, trusted
+from edge_runtime.models.kv.folder import PrefixFolder
 from edge_runtime.models.kv.inputs import BlockInputs, OwnInputs, StockInputs
 from edge_runtime.models.kv.pool import own_pools, stock_pools
 from edge_runtime.models.kv.sequence import PagedSequence, Sequences
@@ -28,6 +36,8 @@ _REPORTED = (
     "KV_CACHE_PRECISION",
     "INFERENCE_NUM_THREADS",
 )
+_SAME_BYTES = ("PERFORMANCE_HINT", "CACHE_DIR", "INFERENCE_NUM_THREADS", "ENABLE_CPU_PINNING")
+"""Properties that change nothing in keys and values."""
 MAX_SEQUENCES = 16
 """A choice, not tuned: one reading of the weights serves 16 sequences, and a step still ends soon."""
 _MOST_SHAPES = 64
@@ -45,12 +55,18 @@ class PagedModel:
         plan: How it was compiled.
         attention: What its layers see where the attention op is ours; None for OpenVINO's.
         mlp: What runs its fused MLPs and why; None where it has none.
+        identity: Called where keys and values are saved or loaded; returns the SHA-256 of each of the model's files.
     """
 
     max_sequences = MAX_SEQUENCES
 
     def __init__(
-        self, compiled: ov.CompiledModel, plan: CompilePlan, attention: BlockAttention | None, mlp: str | None
+        self,
+        compiled: ov.CompiledModel,
+        plan: CompilePlan,
+        attention: BlockAttention | None,
+        mlp: str | None,
+        identity: Callable[[], dict[str, str]] = dict,
     ) -> None:
         self._compiled, self._plan, self._has_own_attention, self._mlp = compiled, plan, attention is not None, mlp
         self.device, self.context_length, self.chunk_size = plan.device, plan.context_length, plan.chunk_size
@@ -67,7 +83,10 @@ class PagedModel:
         else:
             pools = stock_pools(compiled, self._request, plan.device)
             self._inputs = StockInputs(self._request, pools)
-        self._sequences = Sequences(pools, plan.context_length, plan.prefix_cache_bytes)
+        self._identity, self._pools = identity, pools
+        folder = plan.prefix_cache_dir
+        files = PrefixFolder(folder, self._facts, pools, plan.prefix_cache_bytes) if folder else None
+        self._sequences = Sequences(pools, plan.context_length, plan.prefix_cache_bytes, files)
         self._steps: dict[Shape, _Step] = {}
         self._bound: _Step | None = None
 
@@ -108,8 +127,56 @@ class PagedModel:
         return [Output(logits[part], *(values[part] for values in others)) for part in step.parts]
 
     def close(self) -> None:
-        """Keep nothing of closed sequences any more."""
-        self._sequences.store.clear()
+        """Give the memory back, once what is kept is written to the plan's folder; the model is not used any more."""
+        self._sequences.end()
+        for name in ("_sequences", "_inputs", "_steps", "_bound", "_pools", "_request", "_compiled"):
+            vars(self).pop(name, None)
+
+    def save(self, path: Path, token_ids: list[int]) -> None:
+        """Write the keys and values of some tokens, which are computed if need be, whole or not at all.
+
+        Raises:
+            ConfigError: The file cannot be written.
+            ContextOverflowError: The context does not hold the tokens.
+            DeviceError: They are on a GPU.
+        """
+        sequence = self.sequence(token_ids)
+        try:
+            catch_up(self, sequence, token_ids)
+            Snapshot.of(sequence).write(path, self._facts)
+        except OSError as error:
+            raise ConfigError(f"`{path}` cannot be written: {error.strerror}", "name another file") from error
+        finally:
+            sequence.close()
+
+    def load(self, path: Path) -> int:
+        """Keep what `save` wrote; return how many tokens it is, 0 with one line in the log where it is not trusted.
+
+        Raises:
+            DeviceError: The model runs on a GPU.
+        """
+        file = trusted(lambda: read_header(path, self._facts), path)
+        return self._sequences.keep(file and trusted(lambda: read_blocks(file, self._pools), path))
+
+    @functools.cached_property
+    def _facts(self) -> Facts:
+        """What the bytes of blocks depend on."""
+        properties = {name: str(v) for name, v in self._plan.properties.items() if name not in _SAME_BYTES}
+        own = [asdict(pool.pattern) for pool in self._pools] if self._has_own_attention else None
+        facts = {
+            "model": self._identity(),
+            "release": f"edge-run {__version__}, OpenVINO {ov.get_version()}",
+            "device": self._plan.device,
+            "precision": str(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()),
+            "set of options": properties,
+            "form of its MLPs": self._mlp and self._mlp.partition(":")[0],
+            "attention pattern": own,
+            "KV precision": self._plan.kv_type if own else None,
+            "layout of blocks": [[pool.num_kv_heads, pool.block_size, *pool.memory.layout] for pool in self._pools],
+            "kind of processor": None if own else asdict(cpu_facts()),  # our own op writes the same bytes on all
+        }
+        plain: Facts = json.loads(json.dumps(facts))
+        return plain
 
     @property
     def kv_bytes(self) -> int:

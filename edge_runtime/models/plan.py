@@ -125,9 +125,12 @@ def make_plan(
 
     Raises:
         ConfigError: An option has a value that the device or the model does not take, or `cache_dir` cannot be written.
-        DeviceError: The device has no kernel for the model's attention, or OpenVINO would end the process.
+        DeviceError: The device has no kernel for the model's attention, its keys and values cannot be kept in files,
+            or OpenVINO would end the process.
     """
     attention = _attention(device, config, manifest.attention)
+    if config.prefix_cache_dir is not None and device != "CPU":
+        raise DeviceError(f"keys and values on {device} cannot be kept in files", "leave `prefix_cache_dir` out")
     context_length = _context_length(device, config, manifest)
     if device.startswith("NPU"):
         arithmetic = _Arithmetic(_npu_properties(config, context_length), "the NPU has no other")

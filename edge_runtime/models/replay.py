@@ -15,6 +15,7 @@ Memory is each process's own matter, so `reserve` is not written.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import EdgeError
@@ -99,6 +100,14 @@ class Recording:
             for sequence, _ in own:
                 self._write(["rollback", sequence.number, sequence.num_tokens])
             raise
+
+    def save(self, path: Path, token_ids: list[int]) -> None:
+        """Write keys and values to a file, which changes nothing that a follower should know."""
+        self._model.save(path, token_ids)
+
+    def load(self, path: Path) -> int:
+        """Keep what a file holds; a follower computes it."""
+        return self._model.load(path)
 
     def close(self) -> None:
         """Give the memory back; the model is not used any more."""

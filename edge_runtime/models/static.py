@@ -23,13 +23,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 
 from edge_runtime.devices import device_label
-from edge_runtime.errors import ContextOverflowError
+from edge_runtime.errors import ContextOverflowError, DeviceError
 from edge_runtime.models.base import Output, Rows, Sequence, Span, num_common
 from edge_runtime.models.plan import CompilePlan
 
@@ -147,6 +148,14 @@ class StaticModel:
         """Take what the device holds from a sequence, for the next one."""
         if sequence is self._owner:
             self._owner = None
+
+    def save(self, path: Path, token_ids: list[int]) -> None:
+        """Refuse: the device gives its keys and values to nobody."""
+        raise DeviceError(f"keys and values on {self.device} cannot be saved", "run the model on CPU")
+
+    def load(self, path: Path) -> int:
+        """Refuse: the device takes keys and values from nobody."""
+        raise DeviceError(f"keys and values on {self.device} cannot be loaded", "run the model on CPU")
 
     def close(self) -> None:
         """Give the memory back; the model is not used any more."""

@@ -15,6 +15,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from edge_runtime.devices import core
+from edge_runtime.errors import DeviceError
 
 CACHE_ALIGNMENT = 64
 """Bytes of a cache line, which a vector load should not cross."""
@@ -27,10 +28,12 @@ class Memory(Protocol):
 
     Attributes:
         block_bytes: Bytes of one block in all tensors.
+        layout: Element type and shape of a block in each tensor.
         can_move: Whether `resize` may renumber blocks.
     """
 
     block_bytes: int
+    layout: list[str]
     can_move: bool
 
     def resize(self, num_blocks: int, kept: Blocks) -> None:
@@ -38,6 +41,12 @@ class Memory(Protocol):
 
     def copy(self, sources: Blocks, targets: Blocks) -> None:
         """Copy blocks over others."""
+
+    def read(self, blocks: Blocks) -> list[NDArray[np.uint8]]:
+        """Return a copy of blocks, (n, bytes) for each tensor."""
+
+    def write(self, blocks: Blocks, content: NDArray[np.uint8]) -> int:
+        """Fill blocks with the bytes of what `read` returned, one tensor after the other; return how many they are."""
 
 
 class HostMemory:
@@ -53,7 +62,7 @@ class HostMemory:
     def __init__(self, request: ov.InferRequest, ports: Sequence[ov.ConstOutput]) -> None:
         self._request, self._ports = request, ports
         self._sizes = [math.prod(_block_shape(port)) * port.get_element_type().bitwidth // 8 for port in ports]
-        self.block_bytes = sum(self._sizes)
+        self.block_bytes, self.layout = sum(self._sizes), _layout(ports)
         self._memory = [aligned_bytes(0).reshape(0, size) for size in self._sizes]
 
     def resize(self, num_blocks: int, kept: Blocks) -> None:
@@ -72,13 +81,17 @@ class HostMemory:
             tensor[targets] = tensor[sources]
 
     def read(self, blocks: Blocks) -> list[NDArray[np.uint8]]:
-        """Return the bytes of blocks, (n, size) for each tensor."""
+        """Return a copy of blocks, (n, bytes) for each tensor."""
         return [tensor[blocks] for tensor in self._memory]
 
-    def write(self, blocks: Blocks, tensors: Sequence[NDArray[np.uint8]]) -> None:
-        """Fill blocks with what `read` returned."""
-        for tensor, content in zip(self._memory, tensors, strict=True):
-            tensor[blocks] = content
+    def write(self, blocks: Blocks, content: NDArray[np.uint8]) -> int:
+        """Fill blocks with the bytes of what `read` returned, one tensor after the other; return how many they are."""
+        begin = 0
+        for tensor in self._memory:
+            end = begin + len(blocks) * tensor.shape[1]
+            tensor[blocks] = content[begin:end].reshape(len(blocks), -1)
+            begin = end
+        return begin
 
 
 class DeviceMemory:
@@ -95,7 +108,7 @@ class DeviceMemory:
     def __init__(self, request: ov.InferRequest, ports: Sequence[ov.ConstOutput], device: str) -> None:
         self._request, self._ports, self._device = request, ports, device
         sizes = [math.prod(_block_shape(port)) * port.get_element_type().bitwidth // 8 for port in ports]
-        self.block_bytes = sum(sizes)
+        self.block_bytes, self.layout = sum(sizes), _layout(ports)
         self._tensors: dict[int, Any] = {}
 
     def resize(self, num_blocks: int, kept: Blocks) -> None:
@@ -114,6 +127,14 @@ class DeviceMemory:
             for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
                 _part(tensor, source, source + 1).copy_to(_part(tensor, target, target + 1))
 
+    def read(self, blocks: Blocks) -> list[NDArray[np.uint8]]:
+        """Refuse: what a GPU holds is not written to files."""
+        raise DeviceError(f"keys and values on {self._device} cannot be saved", "run the model on CPU")
+
+    def write(self, blocks: Blocks, content: NDArray[np.uint8]) -> int:
+        """Refuse: what a GPU holds is not read from files."""
+        raise DeviceError(f"keys and values on {self._device} cannot be loaded", "run the model on CPU")
+
 
 def aligned_bytes(size: int) -> NDArray[np.uint8]:
     """Return so many bytes, the first on a cache line; the system touches them only when they are used."""
@@ -124,6 +145,10 @@ def aligned_bytes(size: int) -> NDArray[np.uint8]:
 
 def _block_shape(port: ov.ConstOutput) -> list[int]:
     return [int(dimension.get_length()) for dimension in list(port.get_partial_shape())[1:]]
+
+
+def _layout(ports: Sequence[ov.ConstOutput]) -> list[str]:
+    return [f"{port.get_element_type().to_string()} {_block_shape(port)}" for port in ports]
 
 
 def _part(tensor: Any, first: int, end: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from edge_runtime.models.kv.folder import PrefixFolder
 from edge_runtime.models.kv.pool import BlockPool
 from edge_runtime.models.kv.store import Prefix, PrefixStore
 from edge_runtime.models.kv.table import BlockTable
@@ -64,16 +65,26 @@ class Sequences:
         pools: The blocks of each group of layers.
         context_length: Most tokens of a sequence.
         max_kept_bytes: Most bytes that are kept of closed ones.
+        folder: Where they outlive the process; None for nowhere.
     """
 
-    def __init__(self, pools: Sequence[BlockPool], context_length: int, max_kept_bytes: int) -> None:
-        self.pools, self.context_length = pools, context_length
-        self.store = PrefixStore(pools, max_kept_bytes)
+    def __init__(
+        self,
+        pools: Sequence[BlockPool],
+        context_length: int,
+        max_kept_bytes: int,
+        folder: PrefixFolder | None = None,
+    ) -> None:
+        self.pools, self.context_length, self._folder = pools, context_length, folder
+        self.store = PrefixStore(pools, max_kept_bytes, *([folder.save] if folder else []))
         self._open: list[PagedSequence] = []
 
     def open(self, token_ids: list[int]) -> PagedSequence:
-        """Return a new sequence, which holds as much of the beginning of `token_ids` as any other still does."""
+        """Return a new sequence, which holds as much of the beginning of `token_ids` as is still held anywhere."""
         source, count = self.store.longest(token_ids, self._open)
+        if self._folder and (file := self._folder.longest(token_ids, count + self.pools[0].block_size)):
+            self.keep(self._folder.load(file))
+            source, count = self.store.longest(token_ids, self._open)
         return self._add(token_ids[:count], source.share(count) if source else self._empty())
 
     def fork(self, source: PagedSequence, num_tokens: int) -> PagedSequence:
@@ -99,9 +110,26 @@ class Sequences:
             held.release()
         self.hide(sequence)
 
+    def keep(self, prefix: Prefix | None) -> int:
+        """Keep what a file held, if anything; return how many tokens it is."""
+        count = prefix.num_tokens if prefix else 0
+        if prefix:
+            self.store.add(prefix)
+        return count
+
+    def end(self) -> None:
+        """Close all sequences and keep nothing any more, but for what a folder keeps."""
+        for sequence in list(self._open):
+            self.close(sequence)
+        self.store.clear()
+        if self._folder:
+            self._folder.finish()
+
     def discard(self, sequence: PagedSequence) -> None:
         """Take from a sequence what it holds, and drop all that is kept and begins alike."""
         self.store.drop_like(sequence.token_ids)
+        if self._folder:
+            self._folder.forget(sequence.token_ids)
         self.hide(sequence)
         self.close(sequence)
 

@@ -6,7 +6,7 @@ that was not used for longest is dropped first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from edge_runtime.models.base import num_common
 from edge_runtime.models.kv.pool import BlockPool
@@ -67,10 +67,16 @@ class PrefixStore:
     Args:
         pools: Whose blocks they hold.
         max_bytes: Most bytes of blocks that they hold together.
+        on_leave: Called with each prefix that has to leave because of its age or size.
     """
 
-    def __init__(self, pools: Sequence[BlockPool], max_bytes: int) -> None:
-        self.max_bytes = max_bytes
+    def __init__(
+        self,
+        pools: Sequence[BlockPool],
+        max_bytes: int,
+        on_leave: Callable[[Prefix], object] = lambda prefix: None,
+    ) -> None:
+        self.max_bytes, self._on_leave = max_bytes, on_leave
         self._pools = pools
         self._entries: list[Prefix] = []  # the last used is the last
 
@@ -112,8 +118,11 @@ class PrefixStore:
         for table in prefix.tables:
             table.keep(1)
         while len(self._entries) > MOST_ENTRIES or self.num_bytes > self.max_bytes:
-            if len(self._entries) > 1 or not self._shorten(prefix):
-                self._drop(self._entries[0])
+            oldest = self._entries[0]
+            if oldest is not prefix:
+                self._leave(oldest)
+            elif not self._shorten(prefix):
+                self._drop(prefix)
 
     def drop_like(self, token_ids: list[int]) -> None:
         """Drop what begins with the same token, as all do that share blocks."""
@@ -123,7 +132,7 @@ class PrefixStore:
     def clear(self) -> None:
         """Keep nothing."""
         for entry in list(self._entries):
-            self._drop(entry)
+            self._leave(entry)
 
     def _shorten(self, entry: Prefix) -> bool:
         """Keep only the beginning of the last entry, for which there is room; return False where that is none."""
@@ -139,6 +148,10 @@ class PrefixStore:
         for table in entry.tables:
             table.keep(1)
         return True
+
+    def _leave(self, entry: Prefix) -> None:
+        self._on_leave(entry)
+        self._drop(entry)
 
     def _drop(self, entry: Prefix) -> None:
         self._entries.remove(entry)

@@ -36,6 +36,7 @@ class BlockTable:
     Attributes:
         table: (H_kv, n) blocks, -1 where none is held.
         version: A number that no other table or state of this one has.
+        left: How many blocks the window has left behind, which are held only where they are seen from far away.
     """
 
     def __init__(self, pool: BlockPool) -> None:
@@ -43,7 +44,7 @@ class BlockTable:
         self.table = np.full((pool.num_kv_heads, 1), -1, np.int32)
         self.version = next(_versions)
         self._size = pool.block_size
-        self._end = self._left = self._promised = 0
+        self._end = self.left = self._promised = 0
         # While these bounds hold, `hold` has nothing to do: the blocks that are written are there, and not shared.
         self._from = self._until = self._room = 0
         pool.tables[self] = None
@@ -82,7 +83,7 @@ class BlockTable:
 
     def can_keep(self, num_tokens: int) -> bool:
         """Whether a token after the first `num_tokens` finds all that it sees."""
-        return self._left == 0 or self._first_near(num_tokens) >= self._left
+        return finds_all(self.pool, self.left, num_tokens)
 
     def rollback(self, num_tokens: int) -> None:
         """Forget the blocks after the first `num_tokens` tokens, which `can_keep` has agreed to, or which are none."""
@@ -91,7 +92,7 @@ class BlockTable:
             part = self._part(first)
             self.pool.release(part[part >= 0])
             part[...] = -1
-            self._end, self._left = first, min(self._left, first)
+            self._end, self.left = first, min(self.left, first)
             self._room = min(self._room, first * self._size)
             self.version = next(_versions)
 
@@ -99,13 +100,29 @@ class BlockTable:
         """Return a table of the first `num_tokens` tokens, which `can_keep` has agreed to; blocks are shared."""
         made = BlockTable(self.pool)
         made._end = -(-num_tokens // self._size)
-        made._left = min(self._left, made._end)
+        made.left = min(self.left, made._end)
         made.table = self.table[:, : max(1, made._end)].copy()
         if not made._end:
             made.table[...] = -1
         self.pool.share(made.blocks())
         self._until = 0  # the last block, if it is not full, is no longer this one's own
         return made
+
+    def restore(self, num_tokens: int, left: int) -> Blocks:
+        """Have the blocks that a table with so many tokens had, to be filled; return them in the order of `blocks`.
+
+        Args:
+            num_tokens: Tokens that were held.
+            left: Blocks that its window had left behind.
+        """
+        pool, last = self.pool, -(-num_tokens // self._size)
+        numbers = np.arange(last)
+        held = pool.pattern.kept_blocks(numbers, pool.num_kv_heads, pool.num_heads, self._size) | (numbers >= left)
+        pool.make_room(int(np.count_nonzero(held)), is_narrow=False)
+        self._widen(last)
+        self.table[:, :last][held] = pool.take(int(np.count_nonzero(held)))
+        self._end, self.left = last, left
+        return self.blocks()
 
     def release(self) -> None:
         """Hold nothing any more, for good."""
@@ -130,14 +147,14 @@ class BlockTable:
     def _leave(self, past: int) -> None:
         """Free what a token from `past` on does not see, nor one of the block before."""
         pool = self.pool
-        first_near = self._first_near(max(0, past - self._size))
-        if first_near > self._left and not pool.pattern.is_full:
-            gone = np.arange(self._left, first_near)
-            part = self.table[:, self._left : first_near]
+        now_left = first_near(pool, max(0, past - self._size))
+        if now_left > self.left and not pool.pattern.is_full:
+            gone = np.arange(self.left, now_left)
+            part = self.table[:, self.left : now_left]
             chosen = ~pool.pattern.kept_blocks(gone, pool.num_kv_heads, pool.num_heads, self._size) & (part >= 0)
             pool.release(part[chosen])
             part[chosen] = -1
-            self._left = first_near
+            self.left = now_left
             self.version = next(_versions)
 
     def _enter(self, last: int) -> None:
@@ -178,5 +195,12 @@ class BlockTable:
         """Return the columns from `first` on that are in use."""
         return self.table[:, first : self._end]
 
-    def _first_near(self, position: int) -> int:
-        return self.pool.pattern.local_start(position, self._size) // self._size
+
+def first_near(pool: BlockPool, position: int) -> int:
+    """Return the number of the first block in the local window of a token."""
+    return pool.pattern.local_start(position, pool.block_size) // pool.block_size
+
+
+def finds_all(pool: BlockPool, left: int, num_tokens: int) -> bool:
+    """Whether a token after the first `num_tokens` finds all that it sees, where a window has left so many blocks."""
+    return left == 0 or first_near(pool, num_tokens) >= left
