@@ -52,7 +52,7 @@ class PagedModel:
 
     Args:
         compiled: A model that `loading.load_model` has compiled.
-        plan: How.
+        plan: How it was compiled.
         attention: What its layers see where the attention op is ours; None for OpenVINO's.
         mlp: What runs its fused MLPs and why; None where it has none.
         identity: Called where keys and values are saved or loaded; returns the SHA-256 of each of the model's files.

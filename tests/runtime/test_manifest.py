@@ -25,6 +25,7 @@ WHOLE = Manifest(
     source="folder",
     versions={"openvino": "2026.4.1"},
     attention=longgen(6, window=256, sink=64),
+    hidden_layers=(1, 4),
 )
 
 
@@ -90,6 +91,7 @@ def test_unknown_entries_are_refused(folder):
     [
         ("context_length", "long"), ("context_length", -1), ("context_length", 0), ("vocab_size", [1]),
         ("eos_token_ids", 5), ("eos_token_ids", None), ("eos_token_ids", ["a"]), ("attention", [1]),
+        ("hidden_layers", 1), ("hidden_layers", ["last"]), ("hidden_layers", [-1]),
         ("attention", {}), ("attention", {"block_size": 64, "patterns": [{"window": -1}], "layers": [0]}),
         ("attention", {"block_size": 64, "patterns": [{"windows": 64}], "layers": [0]}),
         ("attention", {"block_size": 64, "patterns": [{}], "layers": [0, 1]}),
