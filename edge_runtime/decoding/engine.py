@@ -25,6 +25,8 @@ from edge_runtime.decoding.speculative import NO_PROPOSAL, Proposal, VerifiedBlo
 from edge_runtime.errors import LogitsError
 from edge_runtime.models.base import CausalModel, Output, Span
 
+PROMPT_TOKENS_BESIDE_ANSWERS = 128
+"""Prompt tokens of a step while others write: a chunk long enough to be read at full speed, and not longer."""
 RESERVED = 1024
 """Tokens of an answer that memory is found for before it begins."""
 
@@ -121,18 +123,16 @@ class Engine:
         request.error, request.finish_reason = error, reason
         request.reader.wake(is_over=True)
 
-    def step(self, requests: Sequence[Request], prompt_tokens: int | None = None) -> None:
+    def step(self, requests: Sequence[Request]) -> None:
         """Take one step of requests that are open; those that end in it are finished.
 
         What fails for one request ends that one. What fails for all, such as the target's forward, is raised, and the
         requests are as before.
 
         Args:
-            requests: At least one; none is finished.
-            prompt_tokens: Most tokens of prompts that are read, all requests together; None for as many as the target
-                takes at once. Requests for which none are left are not stepped.
+            requests: At least one; none is finished. The prompts of the first are read first, as far as a step reads.
         """
-        parts = self._parts(requests, prompt_tokens or self.target.chunk_size)
+        parts = self._parts(requests)
         has_prompt = any(part.is_prompt for part in parts)
         self._propose(parts, has_prompt)
         began = time.perf_counter()
@@ -152,20 +152,20 @@ class Engine:
         sources = [self._lookup] if config.lookup else []
         return [*sources, self._draft] if self._draft else sources
 
-    def _parts(self, requests: Sequence[Request], prompt_tokens: int) -> list[_Part]:
+    def _parts(self, requests: Sequence[Request]) -> list[_Part]:
+        """Share the step out: what each request has unread, of prompts not more than a chunk all together."""
+        most = self.target.chunk_size
+        left = most if all(request.is_reading for request in requests) else min(most, PROMPT_TOKENS_BESIDE_ANSWERS)
         parts = []
         for request in requests:
             unread = request.unread_ids
-            is_prompt = len(unread) > 1 or not request.metrics.new_tokens
-            if is_prompt:
-                if prompt_tokens <= 0:
-                    continue
-                request.reader.take_progress(len(request.token_ids) - len(unread), len(request.token_ids))
-                chunk = unread[: min(prompt_tokens, self.target.chunk_size)]
-                prompt_tokens -= len(chunk)
-                parts.append(_Part(request, chunk, True, len(chunk) == len(unread)))
-            else:
+            if len(unread) == 1 and request.metrics.new_tokens:
                 parts.append(_Part(request, unread, False, True))
+            elif left > 0:
+                chunk = unread[:left]
+                left -= len(chunk)
+                request.reader.take_progress(len(request.token_ids) - len(unread), len(request.token_ids))
+                parts.append(_Part(request, chunk, True, len(chunk) == len(unread)))
         return parts
 
     def _propose(self, parts: list[_Part], has_prompt: bool) -> None:

@@ -124,6 +124,11 @@ class Request:
         assert self.sequence is not None
         return self.token_ids[self.sequence.num_tokens :]
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether more than the last token is to be read."""
+        return self.sequence is not None and len(self.token_ids) - self.sequence.num_tokens > 1
+
     def emit(self, token: Token) -> FinishReason | None:
         """Add a token to the answer; return why it is the last, or None."""
         self.token_ids.append(token.token_id)

@@ -21,8 +21,6 @@ from edge_runtime.decoding.request import Request
 from edge_runtime.errors import EdgeError
 from edge_runtime.models.base import num_common
 
-PROMPT_TOKENS_BESIDE_ANSWERS = 128
-"""Prompt tokens of a step while others write: a chunk long enough to be read at full speed, and not longer."""
 MOST_KV_BYTES = 1 << 30
 """Most bytes of keys and values of requests that are stepped together; one always is, whatever it takes."""
 POLL_S = 0.1
@@ -70,6 +68,7 @@ class Scheduler:
         self._waiting: list[Request] = []
         self._live: list[Request] = []
         self._running = threading.Lock()
+        self._main_thread = threading.main_thread()
         self._is_closed = False
 
     def submit(self, requests: list[Request]) -> None:
@@ -135,54 +134,54 @@ class Scheduler:
 
     def _step(self) -> bool:
         """Take one step; return whether there was one to take."""
-        if self._is_closed:
-            return False
-        if not threading.main_thread().is_alive():  # the process waits for this thread
-            self._cancel_what_nobody_reads()
-        while self._calls:
-            self._calls.popleft().run()
-        self._live = self._without_ended(self._live)
-        if self._arriving or self._waiting:
-            self._admit()
-        active = [request for request in self._live if request.reader.wants_more]
-        if active:
-            self._step_together(active)
-        return bool(active)
-
-    def _without_ended(self, requests: list[Request]) -> list[Request]:
-        """Return the requests that go on; those that were cancelled end here."""
-        for request in requests:
-            if request.is_cancelled and request.finish_reason is None:
+        if self._arriving or self._waiting or self._calls or not self._main_thread.is_alive():
+            self._attend()
+        active = []
+        for request in self._live:
+            if request.is_cancelled:
                 self.engine.finish(request, "cancelled")
-        return [request for request in requests if request.finish_reason is None]
-
-    def _cancel_what_nobody_reads(self) -> None:
-        for request in (*self._live, *self._waiting, *self._arriving):
-            request.is_cancelled |= not request.reader.has_reader
-
-    def _step_together(self, active: list[Request]) -> None:
-        is_reading = [_is_reading(request) for request in active]
-        prompt_tokens = self.engine.target.chunk_size
-        if not all(is_reading):
-            prompt_tokens = min(prompt_tokens, PROMPT_TOKENS_BESIDE_ANSWERS)
+            elif request.reader.wants_more:
+                active.append(request)
+        if self._is_closed or not active:
+            self._drop_ended()
+            return False
+        first = next((request for request in active if request.is_reading), None) if len(active) > 1 else None
         try:
-            self.engine.step(active, prompt_tokens)
+            self.engine.step(active)
         except BaseException as error:  # noqa: BLE001 - it reaches every reader whose request was in the step
             for request in active:
                 if request.finish_reason is None:
                     self.engine.finish(request, "error", error)
-        if len(active) > 1 and any(is_reading):
-            first = active[is_reading.index(True)]  # the next one's prompt is read first in the next step
+        if first:  # has read a chunk: another one's prompt is read first in the next step
             self._live.remove(first)
             self._live.append(first)
+        self._drop_ended()
+        return True
+
+    def _drop_ended(self) -> None:
+        for request in self._live:
+            if request.finish_reason is not None:
+                self._live = [each for each in self._live if each.finish_reason is None]
+                return
+
+    def _attend(self) -> None:
+        """Do what is rarely due: calls, and requests that come, wait, or are left by a process that ends."""
+        if not self._main_thread.is_alive():  # the process waits for this thread
+            for request in (*self._live, *self._waiting, *self._arriving):
+                request.is_cancelled |= not request.reader.has_reader
+        while self._calls:
+            self._calls.popleft().run()
+        self._admit()
 
     def _admit(self) -> None:
         """Let those who wait take part, the first come first, as far as there is room."""
         while self._arriving:
             self._waiting.append(self._arriving.popleft())
-        waiting, self._waiting = self._without_ended(self._waiting), []
+        waiting, self._waiting = self._waiting, []
         for number, request in enumerate(waiting):
-            if not request.reader.wants_more or self._is_being_read(request):
+            if request.is_cancelled:
+                self.engine.finish(request, "cancelled")
+            elif not request.reader.wants_more or self._is_being_read(request):
                 self._waiting.append(request)
             elif self._make_room_for(request):
                 self._open(request)
@@ -218,17 +217,11 @@ class Scheduler:
 
     def _is_being_read(self, request: Request) -> bool:
         """Whether another request is about to read what this one begins with too."""
-        return any(_is_reading(other) and _num_to_share(request, other) >= SHARED_TOKENS for other in self._live)
+        return any(other.is_reading and _num_to_share(request, other) >= SHARED_TOKENS for other in self._live)
 
 
 def _is_due(request: Request) -> bool:
     return request.is_cancelled or request.reader.wants_more
-
-
-def _is_reading(request: Request) -> bool:
-    """Whether more than the last token is to be read."""
-    sequence = request.sequence
-    return sequence is not None and len(request.token_ids) - sequence.num_tokens > 1
 
 
 def _num_to_share(request: Request, other: Request) -> int:

@@ -10,9 +10,9 @@ import pytest
 
 from edge_runtime.config import GenerationConfig
 from edge_runtime.decoding import scheduler as scheduling
-from edge_runtime.decoding.engine import Engine
+from edge_runtime.decoding.engine import PROMPT_TOKENS_BESIDE_ANSWERS, Engine
 from edge_runtime.decoding.request import Request, Token
-from edge_runtime.decoding.scheduler import PROMPT_TOKENS_BESIDE_ANSWERS, Scheduler
+from edge_runtime.decoding.scheduler import Scheduler
 from tests.runtime.fakes import TokenList, blended_table, make_engine, random_table, run
 
 V = 24
