@@ -119,12 +119,14 @@ class PagedModel:
                 table.hold(past, past + len(token_ids))
         step.write(spans)
         self._inputs.write(spans, longest)
-        logits, *others = [values.reshape(step.num_rows, -1) for values in self._infer()]
+        logits, *others = self._infer()
         for sequence, token_ids, _ in spans:
             sequence.token_ids.extend(token_ids)
+        logits = logits.reshape(step.num_rows, self.vocab_size)
+        hidden = others[0].reshape(step.num_rows, -1) if others else None
         if len(spans) == 1:
-            return [Output(logits, *others)]
-        return [Output(logits[part], *(values[part] for values in others)) for part in step.parts]
+            return [Output(logits, hidden)]
+        return [Output(logits[part], hidden if hidden is None else hidden[part]) for part in step.parts]
 
     def close(self) -> None:
         """Give the memory back, once what is kept is written to the plan's folder; the model is not used any more."""

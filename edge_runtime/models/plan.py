@@ -124,12 +124,13 @@ def make_plan(
         wants_hidden: Whether the model returns hidden states too.
 
     Raises:
-        ConfigError: An option has a value that the device or the model does not take, or `cache_dir` cannot be written.
+        ConfigError: An option has a value that the device or the model does not take, or a folder cannot be written.
         DeviceError: The device has no kernel for the model's attention, its keys and values cannot be kept in files,
             or OpenVINO would end the process.
     """
     attention = _attention(device, config, manifest.attention)
-    if config.prefix_cache_dir is not None and device != "CPU":
+    kept_in = config.prefix_cache_dir
+    if kept_in and device != "CPU":
         raise DeviceError(f"keys and values on {device} cannot be kept in files", "leave `prefix_cache_dir` out")
     context_length = _context_length(device, config, manifest)
     if device.startswith("NPU"):
@@ -153,7 +154,7 @@ def make_plan(
         hidden_layers=manifest.hidden_layers if wants_hidden else None,
         asked={name: value for name in _ASKED if (value := getattr(config, name)) != getattr(default, name)},
         prefix_cache_bytes=config.prefix_cache_bytes,
-        prefix_cache_dir=None if config.prefix_cache_dir is None else Path(config.prefix_cache_dir),
+        prefix_cache_dir=Path(usable_dir("prefix_cache_dir", kept_in)) if kept_in else None,
         **arithmetic._asdict(),
     )
 
@@ -192,7 +193,7 @@ def _common_properties(config: LoadConfig) -> dict[str, Any]:
     KV precision is always explicit: exporters write a hidden default into the IR, which would override the plugin's.
     """
     common = {"PERFORMANCE_HINT": "LATENCY", "KV_CACHE_PRECISION": kv_precision(config)}
-    return common | ({"CACHE_DIR": usable_cache_dir(config.cache_dir)} if config.cache_dir else {})
+    return common | ({"CACHE_DIR": usable_dir("cache_dir", config.cache_dir)} if config.cache_dir else {})
 
 
 def _gpu(device: str, config: LoadConfig) -> _Arithmetic:
@@ -250,8 +251,8 @@ def kv_precision(config: LoadConfig) -> str:
     return "f32" if config.precision == "f32" else "u8"
 
 
-def usable_cache_dir(folder: str | os.PathLike[str]) -> str:
-    """Return the folder for compiled models, which is made if need be.
+def usable_dir(option: str, folder: str | os.PathLike[str]) -> str:
+    """Return the folder that an option names, which is made if need be.
 
     Raises:
         ConfigError: Nothing can be written there.
@@ -265,8 +266,8 @@ def usable_cache_dir(folder: str | os.PathLike[str]) -> str:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"cache_dir is `{os.fspath(folder):.90}`, which cannot be written: {reason}",
-            "name a folder that can be written, or leave `cache_dir` out",
+            f"{option} is `{os.fspath(folder):.90}`, which cannot be written: {reason}",
+            f"name a folder that can be written, or leave `{option}` out",
         ) from error
 
 
@@ -330,5 +331,5 @@ def _npu_properties(config: LoadConfig, context_length: int) -> dict[str, Any]:
     if npuw_runs_on_cpu():
         properties["NPUW_F16IC"] = "NO"  # the parts compute in f32 there, and hand it on
     if config.cache_dir:
-        properties["CACHE_DIR"] = usable_cache_dir(config.cache_dir)
+        properties["CACHE_DIR"] = usable_dir("cache_dir", config.cache_dir)
     return {**properties, **config.properties}

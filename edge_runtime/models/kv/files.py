@@ -50,7 +50,7 @@ class PrefixFile(NamedTuple):
         path: The file.
         token_ids: Ids of the tokens.
         left: For each group of layers, how many blocks its window has left behind.
-        sha256: Of the blocks, in hexadecimal digits.
+        sha256: Hash of the blocks, in hexadecimal digits.
         offset: Where the blocks begin.
         num_bytes: Size of the file.
     """

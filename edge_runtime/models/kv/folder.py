@@ -84,10 +84,11 @@ class PrefixFolder:
             self._writing = None
 
     def forget(self, token_ids: list[int]) -> None:
-        """Remove what begins with the same token."""
+        """Remove what shares a block with these tokens."""
         self.finish()
-        for file in [file for file in self._files.values() if file.token_ids[:1] == token_ids[:1]]:
-            self._remove(file.path)
+        for file in list(self._files.values()):
+            if num_common(file.token_ids, token_ids) >= self._pools[0].block_size:
+                self._remove(file.path)
 
     def _is_held(self, prefix: Prefix) -> bool:
         """Whether a file has all of a prefix that it can be continued from."""

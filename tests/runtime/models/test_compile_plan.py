@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edge_runtime.config import LoadConfig
+from edge_runtime.errors import ConfigError, DeviceError
 from edge_runtime.models.cpu_facts import CpuFacts
 from edge_runtime.models.plan import CompilePlan, make_plan
 from edge_runtime.models.weights import FLOATS, KINDS, Weights
@@ -63,3 +64,14 @@ def test_what_is_asked_for_wins(facts, kind):
     assert (own.properties[GROUPS], own.properties["KV_CACHE_PRECISION"]) == (16, "f16")
     assert (own.num_threads, own.properties["INFERENCE_NUM_THREADS"]) == (3, 3)
     assert plan_for(facts, kind, precision="bf16").reason == "asked for"
+
+
+def test_a_folder_for_keys_and_values_is_refused_where_it_would_stay_empty(tmp_path):
+    """A draft on such a device goes without."""
+    with pytest.raises(DeviceError, match="keys and values on NPU cannot be kept in files"):
+        plan_for(AVX2, "int8", "NPU", prefix_cache_dir=tmp_path)
+    assert LoadConfig(prefix_cache_dir=tmp_path, draft_device="NPU").for_draft().prefix_cache_dir is None
+    assert plan_for(AVX2, "int8", prefix_cache_dir=tmp_path / "new").prefix_cache_dir == tmp_path / "new"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"prefix_cache_dir is `.*file`, which cannot be written"):
+        plan_for(AVX2, "int8", prefix_cache_dir=tmp_path / "file")

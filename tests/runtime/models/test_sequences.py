@@ -240,6 +240,20 @@ def test_a_forward_that_fails_leaves_every_sequence_as_it_was(model, fresh, monk
         assert_right(fresh, one, row)
 
 
+def test_what_a_freed_block_held_is_never_read(model, fresh):
+    """NaN, say, that an answer which went wrong has left: behind the last token, and before the window."""
+    model.sequence().reserve(400)
+    for pool in model._sequences.pools:
+        pool.make_room(300, is_narrow=False)
+        for tensor in pool.memory._memory:
+            tensor[...] = 0xFF
+    first, second = model.sequence(), model.sequence()
+    for width in (1, 40, 1, 1, 9, 100, 1):
+        outputs = model.forward([Span(first, ids(width, 1), width), Span(second, ids(width + 1, 2))])
+        for sequence, output in zip((first, second), [output.logits.copy() for output in outputs], strict=True):
+            assert_right(fresh, sequence, output)
+
+
 def test_what_was_only_assumed_is_given_to_nobody(model):
     sequence = model.sequence()
     sequence.assume(400)
