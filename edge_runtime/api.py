@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Integral
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from edge_runtime.arguments import Prompt, as_ids, as_messages, check_count, check_path, nth_config, with_configs
 from edge_runtime.background import Background
 from edge_runtime.checksums import checked
 from edge_runtime.config import GenerationConfig, LoadConfig
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
     from edge_runtime.text.async_stream import AsyncTextStream
     from edge_runtime.text.chat_template import Message
     from edge_runtime.text.tokenizer import Tokenizer
-
-Prompt = str | Sequence[int]
 
 
 @contextlib.contextmanager
@@ -117,8 +114,8 @@ class EdgeLLM:
 
         started = time.perf_counter()
         config = LoadConfig.from_options(device=device, **options)
-        _check_path("model", model)
-        _check_path("draft", draft)
+        check_path("model", model)
+        check_path("draft", draft)
         model, draft = or_demo(model, draft)
         if draft is None:
             _check_wants_no_draft(config)
@@ -230,9 +227,9 @@ class EdgeLLM:
             ContextOverflowError: A prompt does not fit the context.
         """
         streams = [
-            self.stream(prompt, _nth(GenerationConfig.from_options(own, **options), number))
-            for prompt, own in _with_configs(prompts, config)
-            for number in range(_count("n", n))
+            self.stream(prompt, nth_config(GenerationConfig.from_options(own, **options), number))
+            for prompt, own in with_configs(prompts, config)
+            for number in range(check_count("n", n))
         ]
         return finish_together(streams)
 
@@ -327,7 +324,7 @@ class EdgeLLM:
     ) -> TextStream:
         """Answer a chat piece by piece; takes what `chat` takes."""
         chat, rest = ChatConfig.split(options)
-        return self.stream(self.tokenizer.apply_chat_template(_as_messages(messages), chat), config, **rest)
+        return self.stream(self.tokenizer.apply_chat_template(as_messages(messages), chat), config, **rest)
 
     async def achat(
         self, messages: str | Sequence[Message], config: GenerationConfig | None = None, **options: Any
@@ -352,7 +349,7 @@ class EdgeLLM:
         """Return a prompt's tokens, for which there is room."""
         if isinstance(prompt, str) and not prompt:
             raise ConfigError("the prompt is empty", "give at least one character")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else as_ids(prompt)
         check_prompt(ids, self.context_length, self.manifest.context_length)
         self._check_ids("the prompt", ids)
         return ids
@@ -395,30 +392,6 @@ def _warm_up(model: CausalModel) -> None:
     sequence.close()
 
 
-def _with_configs(
-    prompts: Iterable[Prompt], config: GenerationConfig | Sequence[GenerationConfig] | None
-) -> list[tuple[Prompt, GenerationConfig | None]]:
-    """Return each prompt with its options."""
-    if isinstance(prompts, (str, bytes, bytearray, Mapping)) or not isinstance(prompts, Iterable):
-        raise ConfigError(f"prompts is {prompts!r:.60}, expected a list of prompts", "use `generate` for one")
-    prompts = list(prompts)
-    configs: list[GenerationConfig | None] = list(config) if isinstance(config, Sequence) else [config] * len(prompts)
-    if len(configs) != len(prompts):
-        raise ConfigError(f"config holds the options of {len(configs)} prompts, expected {len(prompts)}")
-    return list(zip(prompts, configs, strict=True))
-
-
-def _nth(config: GenerationConfig, number: int) -> GenerationConfig:
-    """Return the options of one of several answers to the same prompt."""
-    return config if config.seed is None else dataclasses.replace(config, seed=config.seed + number)
-
-
-def _count(name: str, value: Any) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} is {value!r:.60}, expected a whole number of at least 1")
-    return int(value)
-
-
 def _check_wants_no_draft(config: LoadConfig) -> None:
     """Refuse options of a draft where there is none, rather than drop them."""
     for name in ("draft_device", "draft_properties"):
@@ -426,40 +399,3 @@ def _check_wants_no_draft(config: LoadConfig) -> None:
             raise ConfigError(
                 f"{name} is {value!r:.60}, but no draft is loaded", f"load a draft, or leave out `{name}`"
             )
-
-
-def _check_path(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if not isinstance(value, (str, PathLike)):
-        raise ConfigError(f"{name} is {value!r:.60}, expected a model folder")
-    try:
-        os.stat(value)
-    except (FileNotFoundError, NotADirectoryError):
-        return  # `load_manifest` says how to make one
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{name} is {str(value)!r:.60}, which cannot be read: {reason}") from error
-
-
-def _as_messages(messages: Any) -> list[Message]:
-    """Return a chat as a list; text is one message of the user."""
-    if isinstance(messages, str):
-        return [{"role": "user", "content": messages}]
-    if isinstance(messages, (bytes, bytearray, Mapping)) or not isinstance(messages, Iterable):
-        raise ConfigError(f"the chat is {messages!r:.60}, expected text or a list of messages")
-    turns = list(messages)
-    if not turns:
-        raise ConfigError("the chat holds no message", 'give at least one: {"role": "user", "content": "…"}')
-    return turns
-
-
-def _as_ids(prompt: Any) -> list[int]:
-    """Return a prompt that is not text as token ids."""
-    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
-        raise ConfigError(f"the prompt is {prompt!r:.60}, expected text or token ids")
-    ids = list(prompt)
-    for token_id in ids:
-        if not isinstance(token_id, Integral):
-            raise ConfigError(f"the prompt holds {token_id!r:.60}, expected text or token ids")
-    return [int(token_id) for token_id in ids]
