@@ -162,7 +162,12 @@ class EdgeLLM:
         return self.target.vocab_size
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """Return how `target`, and `draft` where there is one, really run: arithmetic and why, caches, threads."""
+        """Return how `target`, and `draft` where there is one, really run: arithmetic and why, caches, threads.
+
+        Raises:
+            EdgeError: The model was closed.
+        """
+        self._scheduler.check_open()
         report = {"target": self.target.report()}
         if isinstance(self.drafter, DraftModel):
             report["draft"] = self.drafter.model.report()
@@ -170,7 +175,8 @@ class EdgeLLM:
 
     def close(self) -> None:
         """Cancel all requests and give the models back; every later request is refused."""
-        self._scheduler.close()
+        if not self._scheduler.close():
+            return
         for model in (self.target, *([self.drafter.model] if isinstance(self.drafter, DraftModel) else [])):
             model.close()
 

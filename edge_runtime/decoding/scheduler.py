@@ -67,7 +67,7 @@ class Scheduler:
         self._calls: deque[_Call[Any]] = deque()
         self._waiting: list[Request] = []
         self._live: list[Request] = []
-        self._running = threading.Lock()
+        self._running, self._closing = threading.Lock(), threading.Lock()
         self._main_thread = threading.main_thread()
         self._is_closed = False
 
@@ -77,7 +77,7 @@ class Scheduler:
         Raises:
             EdgeError: The model was closed.
         """
-        self._check_open()
+        self.check_open()
         self._arriving.extend(requests)
         self.go_on()
 
@@ -87,7 +87,7 @@ class Scheduler:
         Raises:
             EdgeError: The model was closed.
         """
-        self._check_open()
+        self.check_open()
         call = _Call(work)
         self._calls.append(call)
         self.go_on()
@@ -100,10 +100,12 @@ class Scheduler:
         elif not self._running.locked() and self._has_work():
             threading.Thread(target=self._run, name="edge-run engine").start()
 
-    def close(self) -> None:
-        """Cancel all requests, after the step that runs."""
-        self._is_closed = True
+    def close(self) -> bool:
+        """Cancel all requests, after the step that runs; return False where that was done before."""
+        with self._closing:
+            was_closed, self._is_closed = self._is_closed, True
         self._end_all()
+        return not was_closed
 
     def _end_all(self) -> None:
         with self._running:
@@ -114,7 +116,12 @@ class Scheduler:
             while self._calls:
                 self._calls.popleft().run()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Refuse to go on with a model that was closed.
+
+        Raises:
+            EdgeError: It was.
+        """
         if self._is_closed:
             raise EdgeError("the model was closed", "load it again")
 

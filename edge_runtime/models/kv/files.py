@@ -168,8 +168,9 @@ def trusted(read: Callable[[], T], path: Path) -> T | None:
     """Return what `read` returns; None, with one line in the log, where it cannot be trusted or read."""
     try:
         return read()
-    except NotTrustedError as error:
-        _log.warning("`%s` %s, so it is not used", path, error)
+    except (NotTrustedError, LookupError, TypeError, ValueError) as error:
+        reason = error if isinstance(error, NotTrustedError) else "is damaged"
+        _log.warning("`%s` %s, so it is not used", path, reason)
     except OSError as error:
         _log.warning("`%s` cannot be read, so it is not used: %s", path, error.strerror)
     return None

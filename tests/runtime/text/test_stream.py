@@ -546,3 +546,5 @@ def test_a_closed_model_refuses_requests_and_ends_those_it_has(llm):
         llm.generate(PROMPTS[0])
     assert num_engine_threads() == 0
     llm.close()
+    with pytest.raises(EdgeError, match="the model was closed"):
+        llm.report()
