@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from edge_runtime import __version__
+from edge_runtime import __version__, strict_json
 from edge_runtime.errors import ConfigError, ContextOverflowError
 from edge_runtime.models.base import Output, Rows, Span, catch_up
 from edge_runtime.models.cpu_facts import cpu_facts
@@ -177,7 +177,7 @@ class PagedModel:
             "layout of blocks": [[pool.num_kv_heads, pool.block_size, *pool.memory.layout] for pool in self._pools],
             "kind of processor": None if own else asdict(cpu_facts()),  # our own op writes the same bytes on all
         }
-        plain: Facts = json.loads(json.dumps(facts))
+        plain: Facts = json.loads(strict_json.dumps(facts))
         return plain
 
     @property

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime import strict_json
 from edge_runtime.models.kv.pool import BlockPool
 from edge_runtime.models.kv.store import Prefix
 from edge_runtime.models.kv.table import BlockTable, finds_all
@@ -99,7 +100,7 @@ class Snapshot(NamedTuple):
         """
         sha256 = _sha256(self.blocks)
         content = {"left": self.left, "sha256": sha256, "num_bytes": self.num_bytes, "token_ids": self.token_ids}
-        header = json.dumps({"model": facts, **content}).encode()
+        header = strict_json.dumps({"model": facts, **content}).encode()
         head = MAGIC + len(header).to_bytes(8, "little") + bytes.fromhex(_sha256([header]))
         temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
         try:

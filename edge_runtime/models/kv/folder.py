@@ -7,7 +7,6 @@ looks at its own only. What they hold together is bounded in bytes; the file tha
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import time
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from edge_runtime import strict_json
 from edge_runtime.background import Background
 from edge_runtime.models.base import num_common
 from edge_runtime.models.kv.files import Facts, PrefixFile, Snapshot, read_blocks, read_header, trusted
@@ -40,7 +40,7 @@ class PrefixFolder:
 
     def __init__(self, folder: Path, facts: Facts, pools: Sequence[BlockPool], max_bytes: int) -> None:
         self._folder, self._facts, self._pools, self._max_bytes = folder, facts, pools, max_bytes
-        self._key = _digest(json.dumps(facts))
+        self._key = _digest(strict_json.dumps(facts))
         self._files: dict[Path, PrefixFile] = {}
         self._writing: Background[None] | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ class PrefixFolder:
         return False
 
     def _write(self, snapshot: Snapshot) -> None:
-        path = self._folder / f"{self._key}-{_digest(json.dumps(snapshot.token_ids))}{SUFFIX}"
+        path = self._folder / f"{self._key}-{_digest(strict_json.dumps(snapshot.token_ids))}{SUFFIX}"
         try:
             written = self._files[path] = snapshot.write(path, self._facts)
         except OSError as error:
