@@ -49,6 +49,7 @@ class _Part:
         is_prompt: Whether it belongs to the prompt, or to a text that is read again.
         is_whole: Whether nothing is left to be read after it, so that the next token comes.
         proposal: What is drafted to follow.
+        num_drafted: How many tokens that are.
         drafting: What drafted it; None where nothing was.
         lag: Tokens that this had to read first.
         draft_s: Seconds that it took.
@@ -56,26 +57,19 @@ class _Part:
         block: What is emitted; None before it is known, and where nothing is.
     """
 
-    __slots__ = (
-        "block", "draft_s", "drafting", "is_prompt", "is_whole", "lag", "load", "proposal", "request", "token_ids",
-    )  # fmt: skip
+    proposal: Proposal = NO_PROPOSAL
+    drafting: Drafting | None = None
+    num_drafted = lag = 0
+    draft_s = 0.0
+    load: Load = ALONE
+    block: VerifiedBlock | None = None
 
     def __init__(self, request: Request, token_ids: list[int], is_prompt: bool, is_whole: bool) -> None:
-        self.request, self.token_ids = request, token_ids
-        self.is_prompt, self.is_whole = is_prompt, is_whole
-        self.proposal: Proposal = NO_PROPOSAL
-        self.drafting: Drafting | None = None
-        self.lag, self.draft_s, self.load = 0, 0.0, ALONE
-        self.block: VerifiedBlock | None = None
-
-    @property
-    def num_drafted(self) -> int:
-        return len(self.proposal.token_ids)
+        self.request, self.token_ids, self.is_prompt, self.is_whole = request, token_ids, is_prompt, is_whole
 
     @property
     def span(self) -> Span:
-        drafted = self.proposal.token_ids
-        return Span(self.request.sequence, self.token_ids + drafted, 1 + len(drafted))  # type: ignore[arg-type]
+        return Span(self.request.sequence, self.token_ids + self.proposal.token_ids, 1 + self.num_drafted)  # type: ignore[arg-type]
 
 
 class Engine:
@@ -132,8 +126,7 @@ class Engine:
         Args:
             requests: At least one; none is finished. The prompts of the first are read first, as far as a step reads.
         """
-        parts = self._parts(requests)
-        has_prompt = any(part.is_prompt for part in parts)
+        parts, has_prompt = self._parts(requests)
         self._propose(parts, has_prompt)
         began = time.perf_counter()
         outputs = self.target.forward([part.span for part in parts])
@@ -152,21 +145,26 @@ class Engine:
         sources = [self._lookup] if config.lookup else []
         return [*sources, self._draft] if self._draft else sources
 
-    def _parts(self, requests: Sequence[Request]) -> list[_Part]:
-        """Share the step out: what each request has unread, of prompts not more than a chunk all together."""
-        most = self.target.chunk_size
-        left = most if all(request.is_reading for request in requests) else min(most, PROMPT_TOKENS_BESIDE_ANSWERS)
-        parts = []
+    def _parts(self, requests: Sequence[Request]) -> tuple[list[_Part], bool]:
+        """Share the step out: what each request has unread, and whether any of it is a prompt's."""
+        parts, left = [], None
         for request in requests:
             unread = request.unread_ids
             if len(unread) == 1 and request.metrics.new_tokens:
                 parts.append(_Part(request, unread, False, True))
-            elif left > 0:
+                continue
+            left = self._prompt_tokens(requests) if left is None else left
+            if left > 0:
                 chunk = unread[:left]
                 left -= len(chunk)
                 request.reader.take_progress(len(request.token_ids) - len(unread), len(request.token_ids))
                 parts.append(_Part(request, chunk, True, len(chunk) == len(unread)))
-        return parts
+        return parts, left is not None
+
+    def _prompt_tokens(self, requests: Sequence[Request]) -> int:
+        """Return how many tokens of prompts a step reads, all requests together."""
+        most = self.target.chunk_size
+        return most if all(request.is_reading for request in requests) else min(most, PROMPT_TOKENS_BESIDE_ANSWERS)
 
     def _propose(self, parts: list[_Part], has_prompt: bool) -> None:
         """Let the sources of each answer draft, one request after another, who know what the step has already."""
@@ -192,6 +190,7 @@ class Engine:
                 proposal = drafting.draft.propose(wanted, request.sampler)
                 if proposal.token_ids:
                     part.proposal, part.drafting, part.lag = proposal, drafting, lag
+                    part.num_drafted = len(proposal.token_ids)
                     break
         part.draft_s = time.perf_counter() - began
         request.metrics.draft_s += part.draft_s

@@ -121,8 +121,7 @@ class Request:
     @property
     def unread_ids(self) -> list[int]:
         """Tokens that the target has not read; the logits after the last of them give the next one."""
-        assert self.sequence is not None
-        return self.token_ids[self.sequence.num_tokens :]
+        return self.token_ids[self.sequence.num_tokens :]  # type: ignore[union-attr]
 
     @property
     def is_reading(self) -> bool:

@@ -36,6 +36,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._texts: dict[int, str] = {}  # of single tokens, for streams
         self._path = folder / TOKENIZER_NAME
         if not self._path.is_file():
             raise ModelFormatError(
@@ -87,7 +88,7 @@ class Tokenizer:
         Args:
             context: Token ids that came before: some tokenizers render a token differently at the start of a text.
         """
-        return TextDecoder(self._tokenizer, context)
+        return TextDecoder(self._tokenizer, context, self._texts)
 
     def token(self, token_id: int) -> str | None:
         """Return the vocabulary's entry of an id; None where it has none."""
@@ -166,10 +167,15 @@ class TextDecoder:
 
     A window of tokens is decoded with and without the newest ones: some tokenizers render a token differently at the
     start of a text. The library's DecodeStream does the same, but raises an error after bytes that are no character.
+
+    Args:
+        tokenizer: Decodes.
+        context: Tokens before the first one.
+        texts: Texts of single tokens as far as they are known; more are added.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, context: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: tokenizers.Tokenizer, context: Sequence[int], texts: dict[int, str]) -> None:
+        self._tokenizer, self._texts = tokenizer, texts
         self._window = list(context)
         self._num_shown = len(self._window)
         self._shown = self._decode(self._window)
@@ -182,7 +188,8 @@ class TextDecoder:
             return ""
         if not self._shown.endswith(REPLACEMENT):  # else the window would begin within a character
             self._window = self._window[self._num_shown :]
-        self._num_shown, self._shown = len(self._window), self._decode(self._window)
+        self._num_shown = len(self._window)
+        self._shown = self._text_of(token_id) if self._num_shown == 1 else self._decode(self._window)
         return text
 
     def flush(self) -> str:
@@ -196,6 +203,13 @@ class TextDecoder:
         if not text.startswith(shown):  # the newest bytes complete a character, or spoil one
             shown = os.path.commonprefix([text, shown])  # noqa: RUF071 - letter by letter is what is wanted
         return text[len(shown) :]
+
+    def _text_of(self, token_id: int) -> str:
+        """Return the text of a token that begins one."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._decode([token_id])
+        return text
 
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
