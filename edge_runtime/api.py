@@ -21,7 +21,16 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from edge_runtime.arguments import Prompt, as_ids, as_messages, check_count, check_path, nth_config, with_configs
+from edge_runtime.arguments import (
+    Prompt,
+    as_file,
+    as_ids,
+    as_messages,
+    check_count,
+    check_path,
+    nth_config,
+    with_configs,
+)
 from edge_runtime.background import Background
 from edge_runtime.checksums import checked
 from edge_runtime.config import GenerationConfig, LoadConfig
@@ -174,8 +183,8 @@ class EdgeLLM:
         return report
 
     def close(self) -> None:
-        """Cancel all requests and give the models back; every later request is refused."""
-        if not self._scheduler.close():
+        """Cancel all requests and give the models back; every later request is refused. In a fork nothing is done."""
+        if not self._home.is_here or not self._scheduler.close():
             return
         for model in (self.target, *([self.drafter.model] if isinstance(self.drafter, DraftModel) else [])):
             model.close()
@@ -290,12 +299,13 @@ class EdgeLLM:
             How many tokens the file holds.
 
         Raises:
-            ConfigError: The file cannot be written, or the model runs on an NPU, which gives its caches to nobody.
+            ConfigError: The file cannot be written.
+            DeviceError: The model runs on an NPU or a GPU, which give their caches to nobody.
             ContextOverflowError: The prompt does not fit the context.
         """
-        ids = self._ids(prompt)
-        self.generate(ids, max_new_tokens=1, num_draft_tokens=0)
-        self._scheduler.call(lambda: self.target.save(Path(path), ids))
+        file, ids = as_file(path), self._ids(prompt)
+        self.generate(ids, max_new_tokens=1, num_draft_tokens=0)  # beside others, which a call would keep waiting
+        self._scheduler.call(lambda: self.target.save(file, ids))
         return len(ids)
 
     def load_prefix(self, path: str | PathLike[str]) -> int:
@@ -305,10 +315,12 @@ class EdgeLLM:
             How many tokens are held now; 0, with a warning in the log, where the file is damaged or another model's.
 
         Raises:
-            ConfigError: The file cannot be read.
+            ConfigError: It is no path of a file.
+            DeviceError: The model runs on an NPU or a GPU.
         """
         self._home.check()
-        return self._scheduler.call(lambda: self.target.load(Path(path)))
+        file = as_file(path)
+        return self._scheduler.call(lambda: self.target.load(file))
 
     def chat(
         self, messages: str | Sequence[Message], config: GenerationConfig | None = None, **options: Any

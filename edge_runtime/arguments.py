@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.config import GenerationConfig
@@ -56,6 +57,16 @@ def check_path(name: str, value: Any) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{name} is {str(value)!r:.60}, which cannot be read: {reason}") from error
+
+
+def as_file(value: Any) -> Path:
+    """Return the path of a file, which need not exist."""
+    if not isinstance(value, (str, PathLike)):
+        raise ConfigError(f"path is {value!r:.60}, expected the path of a file")
+    path = Path(os.fsdecode(value))
+    if not path.name or path.is_dir():
+        raise ConfigError(f"path is `{path}`, expected a file, not a folder")
+    return path
 
 
 def as_messages(messages: Any) -> list[Message]:

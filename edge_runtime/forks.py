@@ -26,13 +26,18 @@ class HomeProcess:
         self._loaded = loaded
         _loaded.add(self)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process, and not a fork of it."""
+        return os.getpid() == self._id
+
     def check(self) -> None:
         """Refuse to go on in a fork of the process.
 
         Raises:
             EdgeError: It is one.
         """
-        if os.getpid() != self._id:
+        if not self.is_here:
             raise EdgeError(
                 "the model was loaded before this process was forked, and cannot run in the fork",
                 "load it in the new process, or start that with multiprocessing's `spawn`",

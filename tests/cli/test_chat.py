@@ -289,3 +289,37 @@ def test_saving_through_a_link_keeps_the_link(talk, tmp_path):
     talk(f"/load {tmp_path / 'link.json'}", "Hello", "/save")
     assert (tmp_path / "link.json").is_symlink()
     assert len(json.loads((tmp_path / "real.json").read_text())) == 2
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    """The user's folders, empty."""
+    for name in ("cache", "data"):
+        monkeypatch.setattr(f"edge_runtime.user_folders.{name}_folder", lambda name=name: tmp_path / name)
+    monkeypatch.setattr(chat, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("edge_runtime.cli.transcript.data_folder", lambda: tmp_path / "data")
+    return tmp_path
+
+
+LONG = "Once upon a time there was a little fox who lived in a quiet forest. " * 3
+
+
+def test_a_chat_that_has_a_name_goes_on_where_it_was_and_is_not_read_again(talk, home):
+    flags = (*FLAGS, "--resume", "my fox")
+    done, (first,) = talk(LONG, flags=(*flags, "--system", "Be brief"))
+    chats = json.loads((home / "data" / "chats" / "my fox.json").read_text(encoding="utf-8"))
+    assert [message["role"] for message in chats] == ["system", "user", "assistant"]
+    done, (second,) = talk("And then?", flags=flags)
+    assert "1 question and its answer" in done.err
+    assert second.metrics.reused_tokens >= first.metrics.prompt_tokens
+    chats = json.loads((home / "data" / "chats" / "my fox.json").read_text(encoding="utf-8"))
+    assert [message["content"] for message in chats[:2]] == ["Be brief", LONG]
+    assert len(chats) == 5
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "x" * 101, "a\nb"])
+def test_what_is_no_name_of_a_chat_is_refused(edge_run, model, home, name):
+    done = edge_run("chat", "-m", model, "--resume", name)
+    assert (done.code, done.out) == (2, "")
+    assert "error: the chat's name is" in done.err
+    assert not list(home.iterdir())

@@ -7,6 +7,7 @@ import pytest
 
 from edge_runtime.api import EdgeLLM
 from edge_runtime.config import GenerationConfig
+from edge_runtime.errors import ConfigError
 
 LENGTHS = (3, 40, 17, 1, 31)
 """Prompt lengths; a KV block has 32 tokens, so answers cross blocks at different times."""
@@ -30,3 +31,21 @@ def test_equals_one_by_one(tiny_ir, family, temperature):
         for one, other in zip(answer.logprobs, wanted.logprobs, strict=True):
             assert [token_id for token_id, _ in one.top_logprobs] == [token_id for token_id, _ in other.top_logprobs]
             assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+
+
+def test_a_saved_prefix_is_held_by_a_model_that_loads_it(tiny_ir, tmp_path, caplog):
+    """What cannot be trusted is told in one line, and computed again."""
+    prompt, options = list(range(10, 110)), {"max_new_tokens": 8, "num_draft_tokens": 0}
+    with EdgeLLM.load(tiny_ir("llama"), precision="f32") as llm:
+        wanted = llm.generate(prompt, **options).token_ids
+        assert llm.save_prefix(tmp_path / "prefix", prompt) == len(prompt)
+        for bad in ("/", 3, tmp_path, tmp_path / "no folder" / "prefix"):
+            with pytest.raises(ConfigError):
+                llm.save_prefix(bad, prompt)
+    with EdgeLLM.load(tiny_ir("llama"), precision="f32") as llm:
+        assert llm.load_prefix(tmp_path / "prefix") == len(prompt)
+        result = llm.generate(prompt, **options)
+        assert (result.token_ids, result.metrics.reused_tokens) == (wanted, len(prompt) - 1)
+        (tmp_path / "prefix").write_bytes(b"nothing of ours")
+        assert llm.load_prefix(tmp_path / "prefix") == llm.load_prefix(tmp_path / "absent") == 0
+    assert len(caplog.records) == 2
