@@ -49,3 +49,18 @@ def test_a_saved_prefix_is_held_by_a_model_that_loads_it(tiny_ir, tmp_path, capl
         (tmp_path / "prefix").write_bytes(b"nothing of ours")
         assert llm.load_prefix(tmp_path / "prefix") == llm.load_prefix(tmp_path / "absent") == 0
     assert len(caplog.records) == 2
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("attention", ["stock", "block_sparse"])
+def test_two_chats_in_turns_read_only_what_is_new(tiny_ir, attention):
+    """Ten rounds; the last token of an answer is the first that has not been read."""
+    with EdgeLLM.load(tiny_ir("llama"), precision="f32", attention=attention) as llm:
+        texts, held = [[5, 6, 7], [9, 8, 7, 6]], [0, 0]
+        for turn in range(10):
+            for number, ids in enumerate(texts):
+                ids.extend([20 + turn, 40 + number, 60])
+                result = llm.generate(ids, max_new_tokens=8, ignore_eos=True)
+                assert result.metrics.reused_tokens == held[number]
+                ids.extend(result.token_ids)
+                held[number] = len(ids) - 1
