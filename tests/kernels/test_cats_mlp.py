@@ -122,7 +122,7 @@ def test_exact_op_equals_dense_with_mask(isa: str, layout: str, form: str, shape
     mlp, x = make_mlp(form, *shape), tokens(20, shape[0])
     for limit in (DENSE, clear_threshold(mlp, x, 0.5)):
         run = compile_op(pack(mlp, layout), shape[0], limit, exact=True)
-        for rows in (1, 2, 3, 5, 7, 8, 9, 20):
+        for rows in (1, 2, 3, 5, 7, 8, 9, 16, 20):
             assert error_of(run(x[:rows]), expected(mlp, x[:rows], limit)) <= EXACT, f"{rows} rows, limit {limit}"
 
 
@@ -132,7 +132,7 @@ def test_quantised_activations_stay_within_their_bound(
 ) -> None:
     mlp, x = make_mlp(form, *shape), tokens(300, shape[0])
     run = compile_op(pack(mlp, layout), shape[0])
-    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 40, 300):
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 40, 300):
         bound = DECODE if rows <= 2 else PREFILL
         assert rms_error_of(run(x[:rows]), expected(mlp, x[:rows])) <= bound, f"{rows} rows"
 
@@ -243,7 +243,7 @@ def test_exact_rows_do_not_depend_on_their_neighbours(isa: str, layout: str, for
 
 
 @pytest.mark.parametrize("form", SHAPES)
-@pytest.mark.parametrize("rows", [2, 3, 8, 11])
+@pytest.mark.parametrize("rows", [2, 3, 8, 11, 16])
 def test_rows_of_tiles_do_not_depend_on_their_neighbours(isa: str, form: str, rows: int) -> None:
     mlp, x = make_mlp(form, 256, 1024), tokens(rows, 256)
     run = compile_op(pack(mlp, "tiles"), 256)

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ov_kernels.mlp_blob import GatedMlp, Matrix, pack
-from tests.kernels.test_cats_mlp import compile_op, expected, make_mlp, rms_error_of, tokens
+from tests.kernels.test_cats_mlp import LAYOUTS, compile_op, expected, make_mlp, rms_error_of, tokens
 
 pytestmark = pytest.mark.kernels
 
@@ -71,3 +71,16 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
     mlp.down.values[5, 7] = 0xFFC0
     with pytest.raises(ValueError, match="infinite or NaN"):
         pack(mlp)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("form", "end"), [("i8", 127), ("i8", -128), ("u4", 15)])
+def test_the_largest_products_do_not_overflow(isa: str, layout: str, form: str, end: int) -> None:
+    """Every weight and every rounded activation is the largest there is: sums kept in 16 bits hold 8 words."""
+    mlp = make_mlp(form, 256, 256)
+    for matrix, value in ((mlp.gate, max(end, 15)), (mlp.up, end), (mlp.down, end)):  # SiLU wants a positive gate
+        assert matrix.scale is not None and matrix.zero is not None
+        matrix.values[:], matrix.scale[:], matrix.zero[:] = value, 2**-7, 0
+    run, x = compile_op(pack(mlp, layout), 256), np.ones((17, 256), np.float32)
+    for rows in (1, 2, 4, 8, 11, 16, 17):  # activations are all the same: rounding changes nothing
+        assert rms_error_of(run(x[:rows]), expected(mlp, x[:rows])) <= 1e-5, f"{rows} rows"

@@ -58,6 +58,7 @@ enum class Activation : std::uint32_t { silu = 0, gelu_tanh = 1, gelu_erf = 2 };
 constexpr std::size_t block = 128;  // columns or neurons that share a scale
 constexpr std::size_t max_columns = 32768;
 constexpr std::size_t max_decode_rows = 8;
+constexpr std::size_t max_unpacked_rows = 16;  // tokens that tiles are multiplied with as they are
 constexpr std::size_t max_rows_of_two_digits = 2;
 constexpr std::size_t max_prefill_rows = 256;
 constexpr std::size_t tile_rows = 16;
@@ -148,8 +149,8 @@ struct Kernels {
     void (*hidden)(const Weights& weights, const Thresholds& thresholds, const Tokens& tokens, int digits,
                    std::size_t first, Tokens& hidden, float* scratch);
 
-    // y[rows][begin..end) as far as H reaches, from the hidden activations. Both are multiples of 128; of 16 with at
-    // most 8 tokens. Same scratch.
+    // y[rows][begin..end) as far as H reaches, from the hidden activations. Both are multiples of 128; of 16 with tiles
+    // and at most 16 tokens. Same scratch.
     void (*output)(const Weights& weights, const Tokens& hidden, int digits, std::size_t begin, std::size_t end,
                    float* y, float* scratch);
 };

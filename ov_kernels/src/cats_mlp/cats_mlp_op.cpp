@@ -93,7 +93,7 @@ void decode_rows(const Kernels& k, const Weights& w, const Thresholds& threshold
 void run_blocks(const Kernels& k, const Weights& w, const Thresholds& thresholds, const float* x, std::size_t rows,
                 int digits, float* y) {
     const std::size_t chunks = ceil_div(w.ffn, block), blocks = w.columns / block;
-    const std::size_t step = rows <= max_decode_rows ? tile_rows : block;
+    const std::size_t step = w.is_tiled && rows <= max_unpacked_rows ? tile_rows : block;
     const std::size_t threads = num_threads(), part = Scratch::floats_of<float>(block_scratch(rows));
     Scratch scratch(floats_of_blocks(rows, blocks, digits) + floats_of_blocks(rows, chunks, digits) + threads * part);
     Tokens tokens = take_blocks(scratch, rows, blocks, digits), hidden = take_blocks(scratch, rows, chunks, digits);
@@ -122,9 +122,10 @@ void run(const Weights& w, const Thresholds& thresholds, const float* x, std::si
         return;
     }
     exact = exact || w.format == Format::bf16;
+    const std::size_t few = w.is_tiled ? max_unpacked_rows : max_decode_rows;
     while (rows > 0) {
-        const bool is_few = exact || rows <= max_decode_rows;
-        const std::size_t count = std::min(rows, is_few ? max_decode_rows : max_prefill_rows);
+        const bool is_few = exact || rows <= few;
+        const std::size_t count = std::min(rows, is_few ? few : max_prefill_rows);
         const int digits = exact ? 0 : count <= max_rows_of_two_digits ? 2 : 1;
         if (is_few && !w.is_tiled) {
             decode_rows(*k, w, thresholds, x, count, digits, y);

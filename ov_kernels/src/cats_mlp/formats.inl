@@ -48,12 +48,17 @@ struct I8 {
         return i_bytes(i_load(p + c + (part ? half : 0)));
     }
     static constexpr std::size_t tile_bytes = tile_rows * block_bytes;
-    template <class Visit>
-    static void each_word(const std::uint8_t* p, const Visit& visit) {
+    static constexpr std::size_t steps = 1;
+    template <int V, class Visit>
+    static void each_word(const std::uint8_t* p, std::size_t, const Visit& visit) {
         for (std::size_t first = 0; first < 32; first += 4) {
-            unroll<4>([&](auto i) { visit(i, first + i, bytes(p + (first + i) * 64, 0, 0)); });
+            unroll<4>([&](auto i) {
+                unroll<V>([&](auto v) { visit(i, first + i, v, bytes(p + (first + i) * 64, v * bytes_in, 0)); });
+            });
         }
     }
+    static I add(I part, I weights, I x) { return dot(part, weights, x); }
+    static I whole(I part) { return part; }
     template <class Visit>
     static void each_column(I words, std::size_t k, const Visit& visit) {
         unroll<4>([&](auto i) { visit(4 * k + i, f_from_i32(i_shift_right<24>(i_shift_left<24 - 8 * i>(words)))); });
@@ -92,16 +97,19 @@ struct U4 {
         return part ? i_high_u4(i_load(p + c)) : i_low_u4(i_load(p + c));
     }
     static constexpr std::size_t tile_bytes = tile_rows * block_bytes;
-    template <class Visit>
-    static void each_word(const std::uint8_t* p, const Visit& visit) {
-        for (std::size_t first = 0; first < 16; first += 2) {
-            unroll<2>([&](auto i) {
-                const I pairs = i_load(p + (first + i) * 64);
-                visit(Index<2 * i>{}, first + i, i_low_u4(pairs));
-                visit(Index<2 * i + 1>{}, first + i + 16, i_high_u4(pairs));
-            });
-        }
+    static constexpr std::size_t steps = 4;
+    template <int V, class Visit>
+    static void each_word(const std::uint8_t* p, std::size_t step, const Visit& visit) {
+        unroll<4>([&](auto i) {
+            const std::size_t k = 4 * step + i;
+            I pairs[V];
+            unroll<V>([&](auto v) { pairs[v] = i_load(p + k * 64 + v * bytes_in); });
+            unroll<V>([&](auto v) { visit(Index<2 * i>{}, k, v, i_low_u4(pairs[v])); });
+            unroll<V>([&](auto v) { visit(Index<2 * i + 1>{}, k + 16, v, i_high_u4(pairs[v])); });
+        });
     }
+    static I add(I part, I weights, I x) { return i_add4(part, weights, x); }
+    static I whole(I part) { return i_whole4(part); }
     template <class Visit>
     static void each_column(I words, std::size_t k, const Visit& visit) {
         unroll<8>([&](auto i) {  // the nibbles of a word: those of even i are columns of the first half

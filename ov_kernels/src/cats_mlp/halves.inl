@@ -6,7 +6,7 @@ template <class W, int digits>
 void multiply_rows(const Weights& w, const Matrix* a, const Tiles& tiles, std::size_t first, const Tokens& left,
                    float* out) {
     const std::size_t count = w.ffn - first < block ? w.ffn - first : block;
-    if (left.rows <= max_decode_rows) {
+    if (a == nullptr && left.rows <= max_unpacked_rows) {
         multiply_tiles<W, digits>(tiles, first / tile_rows, (count + tile_rows - 1) / tile_rows, left, out, block);
     } else if constexpr (digits == 1) {
         Packed packed;
@@ -45,7 +45,7 @@ void hidden_of(const Weights& w, const Thresholds& thresholds, const Tokens& t, 
 template <class W, int digits>
 void output_of(const Weights& w, const Tokens& left, std::size_t begin, std::size_t end, float* y, float* sums) {
     const std::size_t last = w.hidden < end ? w.hidden : end;
-    if (left.rows <= max_decode_rows) {
+    if (w.is_tiled && left.rows <= max_unpacked_rows) {
         const std::size_t tiles = (last - begin + tile_rows - 1) / tile_rows;
         multiply_tiles<W, digits>(w.down_tiles, begin / tile_rows, tiles, left, sums, block);
     } else if constexpr (digits == 1) {

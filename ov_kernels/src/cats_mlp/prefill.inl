@@ -1,4 +1,4 @@
-// Products with more than 8 tokens of one digit, blocked by 128 along the summed axis.
+// Products with many tokens of one digit, blocked by 128 along the summed axis.
 //
 // Weights of `width` output columns are packed for one block at a time, [32 fours][width][4] bytes, which fits L1; all
 // tokens then pass over it, 6 at a time, and add to f32 sums. Weights are read once for up to 256 tokens. With 6 tokens
@@ -77,10 +77,13 @@ void pack_tiles(const Tiles& a, std::size_t first, std::size_t last, std::size_t
     for (std::size_t t = 0; t < width / tile_rows; ++t) {
         const std::size_t tile = first + t < last ? first + t : last - 1;
         const std::uint8_t* p = a.bytes + (tile * a.blocks + b) * W::tile_bytes;
+        std::uint8_t* to = packed.bytes + t * tile_rows * 4;
+        for (std::size_t step = 0; step < W::steps; ++step) {
+            W::template each_word<tile_parts>(
+                p, step, [&](auto, std::size_t k, auto v, I words) { i_store(to + (k * width + v * lanes) * 4, words); });
+        }
         for (std::size_t part = 0; part < tile_parts; ++part) {
             const std::size_t n = t * tile_rows + part * lanes;
-            W::each_word(p + part * bytes_in,
-                         [&](auto, std::size_t k, I words) { i_store(packed.bytes + (k * width + n) * 4, words); });
             f_store(packed.scale + n, tile_scale(a, tile, W::is_grouped ? b : 0, part));
             f_store(packed.zero + n, tile_zero(a, tile, W::is_grouped ? b : 0, part));
         }

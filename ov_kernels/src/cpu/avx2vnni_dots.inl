@@ -11,4 +11,6 @@ inline I i_bytes(I x) { return _mm256_xor_si256(x, _mm256_set1_epi8(static_cast<
 
 inline I i_dot8(I sum, I u, I s) { return _mm256_dpbusd_avx_epi32(sum, u, s); }
 inline I i_dot4(I sum, I u, I s) { return i_dot8(sum, u, s); }
+inline I i_add4(I part, I u, I s) { return i_dot8(part, u, s); }
+inline I i_whole4(I part) { return part; }
 #endif

@@ -78,6 +78,8 @@ inline void i_store(void* p, I x) { _mm512_storeu_si512(p, x); }
 inline I i_dot16(I sum, I x, I y) { return _mm512_dpwssd_epi32(sum, x, y); }
 inline I i_dot8(I sum, I u, I s) { return _mm512_dpbusd_epi32(sum, u, s); }
 inline I i_dot4(I sum, I u, I s) { return i_dot8(sum, u, s); }
+inline I i_add4(I part, I u, I s) { return i_dot8(part, u, s); }
+inline I i_whole4(I part) { return part; }
 inline I i_set_word(const void* p) { return _mm512_broadcastd_epi32(_mm_loadu_si32(p)); }
 
 inline I i_16_from_i8(const void* p) {

@@ -189,7 +189,8 @@ void decode_all(const Kernels& k, const Weights& w, const Thresholds& t, const f
 
 void run_blocks(const Kernels& k, const Weights& w, const Thresholds& t, const float* x, std::size_t rows, int digits,
                 float* y) {
-    const std::size_t chunks = up(w.ffn, block) / block, step = rows <= max_decode_rows ? tile_rows : block;
+    const std::size_t chunks = up(w.ffn, block) / block;
+    const std::size_t step = w.is_tiled && rows <= max_unpacked_rows ? tile_rows : block;
     Blocks tokens(rows, w.columns / block), hidden(rows, chunks);
     auto scratch = exactly<float>(block_scratch(rows));
     k.prepare_blocks(w, x, digits, tokens.tokens);
@@ -203,11 +204,12 @@ void run_blocks(const Kernels& k, const Weights& w, const Thresholds& t, const f
 
 void run_all(const Kernels& k, const Weights& w, const Thresholds& t, const float* x, std::size_t rows, bool exact,
              float* y) {
-    const std::size_t most = exact || rows <= max_decode_rows ? max_decode_rows : rows;
+    const std::size_t few = w.is_tiled ? max_unpacked_rows : max_decode_rows;
+    const std::size_t most = exact || rows <= few ? few : rows;
     for (std::size_t m = 0; m < rows; m += most) {
         const std::size_t count = std::min(most, rows - m);
         const int digits = exact ? 0 : count <= max_rows_of_two_digits ? 2 : 1;
-        const auto run = most > max_decode_rows || w.is_tiled ? run_blocks : decode_all;
+        const auto run = most > max_decode_rows ? run_blocks : decode_all;
         run(k, w, t, x + m * w.hidden, count, digits, y + m * w.hidden);
     }
 }
