@@ -105,7 +105,7 @@ def test_a_hybrid_learns_and_is_exported(hf, text, tmp_path, tmp_path_factory):
     manifest = load_manifest(tmp_path / "ir")
     assert (manifest.attention, manifest.context_length) == (pattern, 1024)
     ids = encode(tmp_path / "ir", " ".join(SENTENCES))[:120]
-    from tests.runtime.test_block_sparse import masked_logits
+    from tests.runtime.models.test_block_sparse import masked_logits
 
     wanted = masked_logits(folder, pattern, ids)
     got = runtime_logits(tmp_path / "ir", ids)
