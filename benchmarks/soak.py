@@ -5,8 +5,8 @@ Half of the prompts are new; half are known, and their answers are compared with
 in f32 must be equal. The resident memory after each 50 requests, from the first 1 000 on, is fitted by a line whose
 slope is the growth for each request.
 
-OpenVINO keeps kernels for each number of tokens that a step has had, 20 to 100 MB in the end. They are made before, so
-that they do not count as growth.
+OpenVINO keeps kernels for each number of tokens that a step has had, hundreds of MB for some hundred numbers. They are
+made before, so that they do not count as growth.
 
     python benchmarks/soak.py --json [--requests 10000] [--model FOLDER --draft FOLDER]     (Linux)
 """
